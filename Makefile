@@ -1,0 +1,30 @@
+# Everything works in .venv; every target does its own set-up and is safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev
+
+.PHONY: quickstart test quick lint clean
+
+# A stamp newer than what it was made from means the environment is whole; an interrupted install leaves none.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m speechjax.main --config=configs/pretrain/wav2vec2.py:size=tiny,quickstart --workdir=runs/quickstart
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info

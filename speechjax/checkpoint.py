@@ -1,0 +1,111 @@
+"""Checkpoints: orbax behind one door, with a digest, because a flipped byte restores without complaint."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from speechjax.errors import UserError
+
+FORMAT = 1
+log = logging.getLogger("speechjax")
+
+
+@jax.jit
+def _digests(tree: Any) -> list[jax.Array]:
+    """One uint32 a leaf: the bits weighted by odd numbers, modulo 2**32.
+
+    Integer sums, so any sharding gives the same number; odd weights, so no single changed word can hide.
+    """
+
+    def digest(x):
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        bits = bits.astype(jnp.uint32).reshape(-1)
+        weights = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+    return [digest(x) for x in jax.tree.leaves(tree)]
+
+
+def digest(tree: Any) -> list[int]:
+    """Digests of all leaves of a tree of arrays, in tree order."""
+    return [int(d) for d in jax.device_get(_digests(tree))]
+
+
+class Checkpoints:
+    """`<directory>/<step>/`: state and a JSON `meta`, written in the background, the newest `keep` kept."""
+
+    def __init__(self, directory: Path, *, keep: int, every: int):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, save_interval_steps=every, create=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
+        """Starts saving if `step` is due (or the job is being pre-empted, or `force`); True if it did.
+
+        Called every step: orbax decides, so that all processes save the same one.
+        """
+        if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
+            return False
+        full = {**meta, "step": step, "format": FORMAT, "digest": digest(state)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(full))
+        return self._manager.save(step, args=items, force=True)
+
+    def preempted(self, step: int) -> bool:
+        """True at the step that all processes agreed to stop at after a SIGTERM to any."""
+        return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Newest intact (state, meta) with the shapes, types and shardings of `like`; None where there is none.
+
+        A step that cannot be read, or whose digest does not match, is set aside as `<step>.broken` and the one
+        before is tried.  Raises UserError when steps exist and none is intact.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._read(step, like)
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                log.warning("checkpoint %d in %s is broken (%s); set aside", step, self.directory, reason)
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"no intact checkpoint in {self.directory} (tried {', '.join(map(str, steps))}, kept as *.broken); "
+                "start anew with another --workdir"
+            )
+        return None
+
+    def _read(self, step, like):
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        state, meta = found["state"], found["meta"]
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+        if meta["digest"] != digest(state):
+            raise ValueError("its digest does not match its contents")
+        return state, meta
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0 and (self.directory / str(step)).exists():
+            aside = self.directory / f"{step}.broken"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        self._manager.reload()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk; raises what the background writer raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()

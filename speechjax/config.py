@@ -1,0 +1,208 @@
+"""Configs: load one experiment, apply what the command line overrides, check every block against its callable."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from speechjax.errors import UserError
+
+
+def parse_arg(arg: str, **allowed: Any) -> dict[str, Any]:
+    """`size=tiny,smoke` -> {"size": "tiny", "smoke": True}, each of the type of its default in `allowed`.
+
+    A tuple default lists the choices, the first of them the default.
+    """
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in allowed.items()}
+    for part in filter(None, arg.split(",")):
+        key, _, text = part.partition("=")
+        if key not in allowed:
+            raise UserError(f"config argument {key!r} is unknown; allowed: {', '.join(sorted(allowed))}")
+        default = allowed[key]
+        if isinstance(default, tuple):
+            if text not in default:
+                raise UserError(f"config argument {key}={text!r}: choose from {', '.join(default)}")
+            values[key] = text
+        else:
+            values[key] = (text != "false") if isinstance(default, bool) else type(default)(text)
+    return values
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Config of `FILE.py[:arg,...]` with `key.sub=value` overrides applied, locked and checked.
+
+    Raises UserError for a missing file, an unknown key (the message lists those allowed) or a value of the wrong
+    type.
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}; those of the project are in configs/")
+    module_spec = importlib.util.spec_from_file_location("speechjax_config", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    config.lock()
+    for override in overrides:
+        _override(config, override)
+    check(config)
+    return config
+
+
+def _override(config: ConfigDict, text: str) -> None:
+    dotted, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--config.{text}: write --config.{dotted}=VALUE")
+    node, keys = config, dotted.split(".")
+    for depth, key in enumerate(keys):
+        if not isinstance(node, ConfigDict) or key not in node:
+            where = ".".join(keys[:depth]) or "the config"
+            allowed = sorted(node) if isinstance(node, ConfigDict) else []
+            raise UserError(f"--config.{dotted}: {where} has no {key!r}; allowed: {', '.join(allowed) or 'nothing'}")
+        if depth == len(keys) - 1:
+            node[key] = _parse(value, node[key], dotted)
+        node = node[key]
+
+
+def _parse(text: str, current: Any, name: str) -> Any:
+    """`text` as a value of the type of `current`."""
+    if isinstance(current, str):
+        return text
+    if isinstance(current, ConfigDict):
+        raise UserError(f"--config.{name} is a block; set one of its keys: {', '.join(sorted(current))}")
+    try:
+        value = {"true": True, "false": False}.get(text.lower())
+        value = ast.literal_eval(text) if value is None else value
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    if isinstance(current, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(current):
+        wanted, got = type(current).__name__, type(value).__name__
+        raise UserError(f"--config.{name}={text}: expected {wanted} (now {current!r}), got {got}")
+    return value
+
+
+def check_kwargs(what: str, target: Callable, kwargs: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    """Every block is the keyword arguments of one callable: UserError names the wrong or missing ones.
+
+    `given` are the arguments that the program adds itself.
+    """
+    parameters = {
+        n: p
+        for n, p in inspect.signature(target).parameters.items()
+        if n not in given and n not in ("self", "parent", "name")
+    }
+    unknown = sorted(set(kwargs) - set(parameters))
+    if unknown:
+        raise UserError(f"{what} has no {', '.join(map(repr, unknown))}; allowed: {', '.join(sorted(parameters))}")
+    missing = sorted(n for n, p in parameters.items() if p.default is p.empty and n not in kwargs)
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}")
+
+
+def task_class(name: str) -> type:
+    """The Flax module class of a task: the file name is the registry."""
+    return _registered("tasks", name)
+
+
+def eval_class(name: str) -> type:
+    """The class of an evaluator: the file name is the registry."""
+    return _registered("evals", name)
+
+
+def _registered(room: str, name: str) -> type:
+    """The one class of `speechjax/<room>/<name>.py` whose name is the file's, underscores and case aside."""
+    folder = Path(__file__).parent / room
+    names = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    if name not in names:
+        raise UserError(f"no {room} named {name!r}; there are: {', '.join(names)}")
+    module = importlib.import_module(f"speechjax.{room}.{name}")
+    for key, value in vars(module).items():
+        if key.lower() == name.replace("_", "") and isinstance(value, type):
+            return value
+    raise UserError(f"speechjax/{room}/{name}.py defines no class of that name")
+
+
+def check(config: ConfigDict) -> None:
+    """UserError unless every block fits its callable."""
+    from speechjax import optim, sharding, train
+    from speechjax.data import pipeline
+    from speechjax.models import encoder
+
+    blocks = {"data", "evals", "mesh", "model", "optim", "task", "train"}
+    if set(config) != blocks:
+        raise UserError(f"a config has the blocks {', '.join(sorted(blocks))}; this one: {', '.join(sorted(config))}")
+    check_kwargs("config.task", task_class(config.task.name), _without_name(config.task), given=("encoder",))
+    front = config.model.frontend
+    if front.name not in encoder.FRONTENDS:
+        raise UserError(f"config.model.frontend.name={front.name!r}: there are {', '.join(encoder.FRONTENDS)}")
+    check_kwargs("config.model.frontend", encoder.FRONTENDS[front.name], _without_name(front), given=("dtype",))
+    check_kwargs("config.model", encoder.SpeechEncoder, config.model)
+    check_kwargs("config.data", pipeline.open_data, config.data, given=("seed", "row_divisor", "frame_len"))
+    check_kwargs("config.optim", optim.make_optimizer, config.optim, given=("steps",))
+    check_kwargs("config.mesh", sharding.make_mesh, config.mesh)
+    check_kwargs("config.train", train.Schedule, config.train)
+    for name, block in config.evals.items():
+        check_kwargs(f"config.evals.{name}", eval_class(block.name), _without_name(block), given=("job",))
+
+
+def _without_name(block: ConfigDict) -> dict[str, Any]:
+    return {k: v for k, v in block.items() if k != "name"}
+
+
+def make_task(config: ConfigDict) -> Any:
+    """The task module of a config, its encoder inside."""
+    from speechjax.models.encoder import SpeechEncoder
+
+    encoder = SpeechEncoder(**config.model.to_dict())
+    return task_class(config.task.name)(encoder=encoder, **_without_name(config.task))
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Plain JSON types; what config.json in a workdir holds."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json, or refuses a workdir whose experiment is another one.
+
+    What may differ from an earlier run: where it runs (mesh), how often it logs, saves and evaluates, how long
+    it trains.
+    """
+    free = {"train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep"}
+    file = workdir / "config.json"
+    mine = to_json(config)
+    if file.exists():
+        try:
+            before = json.loads(file.read_text())
+        except json.JSONDecodeError:
+            raise UserError(f"{file} is not valid JSON; repair it or use a new --workdir") from None
+        old, new = _flat(before), _flat(mine)
+        changed = [
+            f"{k}: {old.get(k, 'absent')!r} -> {new.get(k, 'absent')!r}"
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k) and k not in free and not k.startswith(("mesh.", "evals."))
+        ]
+        if changed:
+            shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
+            raise UserError(f"{workdir} holds another experiment ({shown}); use a new --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(mine, indent=2) + "\n")
+    scratch.replace(file)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}

@@ -1,0 +1,36 @@
+"""The task's own losses and metrics on the held-out split."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speechjax import sharding
+from speechjax.step import stream_keys
+from speechjax.train import Job
+
+
+class Loss:
+    """{loss or metric: value} over every held-out example; masks are the same at every evaluation."""
+
+    def __init__(self, job: Job, *, every: int):
+        self.job, self.every = job, every
+        seed = job.config.train.seed + 1
+
+        @jax.jit
+        def sums(params, extra, batch, step, number):
+            rngs = stream_keys(job.task, seed, number)
+            losses, metrics = job.task.apply({"params": params, **extra}, batch, step=step, train=False, rngs=rngs)
+            return {k: jnp.stack(pair) for k, pair in {**losses, **metrics}.items()}
+
+        self._sums = sums
+
+    def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
+        total: dict[str, np.ndarray] = {}
+        batches = self.job.data.valid_batches(jax.process_index(), jax.process_count())
+        for number, batch in enumerate(batches):
+            batch = sharding.global_batch(self.job.mesh, batch)
+            sums = jax.device_get(self._sums(params, extra, batch, jnp.int32(step), jnp.int32(number)))
+            total = {k: v.astype(np.float64) + total.get(k, 0) for k, v in sums.items()}
+        return {k: float(s / w) if w else float("nan") for k, (s, w) in total.items()}

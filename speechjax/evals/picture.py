@@ -1,0 +1,47 @@
+"""A picture of one held-out recording: log-mel with mask, true and predicted codes, and the audio it shows."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speechjax import sharding
+from speechjax.audio.features import log_mel
+from speechjax.models.frontend import as_float
+from speechjax.step import stream_keys
+from speechjax.train import Job
+
+
+class Picture:
+    """The longest recording of the first held-out batch, through `task.predict`."""
+
+    def __init__(self, job: Job, *, every: int):
+        self.job, self.every = job, every
+        # The last held-out batch has the longest shape; its first row is never empty.
+        *_, self._batch = job.data.valid_batches()
+        seed = job.config.train.seed + 1
+
+        @jax.jit
+        def predict(params, extra, batch, step):
+            rngs = stream_keys(job.task, seed, jnp.int32(0))
+            out = job.task.apply({"params": params, **extra}, batch, step=step, rngs=rngs, method="predict")
+            mel, _ = log_mel(as_float(batch["audio"]), batch["lengths"])
+            return jax.tree.map(lambda x: x[0], {**out, "mel": mel})
+
+        self._predict = predict
+
+    def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
+        from speechjax.pictures import mask_picture
+
+        batch = sharding.global_batch(self.job.mesh, self._batch)
+        out = jax.device_get(self._predict(params, extra, batch, jnp.int32(step)))
+        frames, samples = int(out["lengths"]), int(self._batch["lengths"][0])
+        rate = self.job.data.sample_rate
+        image = mask_picture(
+            np.asarray(out["mel"])[: samples * 100 // rate], out["mask"][:frames], out["true"][:frames],
+            out["predicted"][:frames], samples / rate, f"step {step}",
+        )  # fmt: skip
+        self.job.logs.picture(step, name, image)
+        self.job.logs.audio(step, name, self._batch["audio"][0, :samples], rate)
+        return {}

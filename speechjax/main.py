@@ -1,0 +1,113 @@
+"""Pretrain or fine-tune: the main job.
+
+    python -m speechjax.main --config=configs/pretrain/wav2vec2.py:size=tiny --workdir=runs/mine \\
+        --config.data.source=folder:/path/to/recordings --config.train.steps=2000
+
+Any key of the config can be overridden as --config.block.key=value.  The job resumes by itself if the workdir
+holds a checkpoint.  Exit codes: 0 done, 42 restart me (pre-empted), 3 stopped on non-finite loss, 1 error.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechjax.errors import UserError
+
+log = logging.getLogger("speechjax")
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Known flags and the config overrides, "--config." stripped."""
+    parser = argparse.ArgumentParser(
+        prog="python -m speechjax.main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG,...]", help="the experiment")
+    parser.add_argument("--workdir", required=True, type=Path, help="where everything of the run goes")
+    args, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--config."):
+            parser.error(f"unknown argument {item!r}; config values are set with --config.block.key=value")
+        if "=" not in item and rest and not rest[0].startswith("--"):
+            item = f"{item}={rest.pop(0)}"
+        overrides.append(item.removeprefix("--config."))
+    return args, overrides
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The job, from the command line to an exit code."""
+    args, overrides = parse_args(argv)
+    from speechjax import config as configs
+
+    config = configs.load(args.config, overrides)
+
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    from speechjax import distributed
+
+    distributed.init()
+    if jax.process_index() == 0:
+        configs.claim_workdir(args.workdir, config)
+
+    from speechjax.data import pipeline
+    from speechjax.train import train
+
+    frame = configs.make_task(config).encoder.frame_len()
+    data = pipeline.open_data(
+        seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
+    )
+    if jax.process_index() == 0:
+        data.records.write_rejected(args.workdir / "rejected.jsonl")
+    return train(config, data, args.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the job and leaves with its exit code at once.
+
+    `os._exit`, because the exit barrier of a distributed job waits minutes for peers that a failed process has
+    already let down.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        code = run(argv)
+    except SystemExit as leaving:  # argparse
+        code = int(leaving.code or 0)
+    except UserError as error:
+        log.error("error: %s", error)
+        code = 1
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command resumes from the last checkpoint")
+        code = 1
+    except BaseException as error:
+        code = 1
+        if _full_disk(error):
+            log.error("error: no space left on the disk; free some and give the same command again, it resumes")
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk is behind this; checkpoint writers report it in words, from another thread."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Front ends: waveform in, frames out.  Shapes: B batch, S samples, T frames, C channels, K kernel."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, zero_padding
+
+# wav2vec 2.0 section 4.2: seven layers, 320 samples (20 ms) a frame, receptive field 400 samples.
+KERNELS = (10, 3, 3, 3, 3, 2, 2)
+STRIDES = (5, 2, 2, 2, 2, 2, 2)
+
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def as_float(audio: jax.Array) -> jax.Array:
+    """PCM travels to the device as int16 and becomes float32 in [-1, 1) here."""
+    return audio.astype(jnp.float32) / 32768 if audio.dtype == jnp.int16 else audio
+
+
+def conv_out_len(samples: Any, kernels: Sequence[int], strides: Sequence[int]) -> Any:
+    """Frames a stack of unpadded convolutions makes of `samples` (int or int32 array); never below zero."""
+    for kernel, stride in zip(kernels, strides, strict=True):
+        samples = (samples - kernel) // stride + 1
+    return max(samples, 0) if isinstance(samples, int) else jnp.maximum(samples, 0)
+
+
+def windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
+    """All windows an unpadded convolution sees: [B, S, C] -> [B, T, kernel * C].
+
+    Stride-sized blocks, then a few shifted views side by side: no gather, so it is cheap on every backend.
+    """
+    B, S, C = x.shape
+    T = (S - kernel) // stride + 1
+    views = -(-kernel // stride)
+    needed = (T - 1 + views) * stride
+    x = jnp.pad(x, ((0, 0), (0, max(0, needed - S)), (0, 0)))[:, :needed]
+    blocks = x.reshape(B, T - 1 + views, stride * C)
+    if views == 1:
+        return blocks
+    widths = [min(stride, kernel - i * stride) * C for i in range(views)]
+    return jnp.concatenate([blocks[:, i : i + T, :w] for i, w in enumerate(widths)], axis=-1)
+
+
+def strided_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Unpadded 1-D convolution, [B, S, C] with [K, C, O] -> [B, T, O].
+
+    Kernel 2 at stride 2 is a reshape and one matrix product, never slower than the native convolution; for
+    longer kernels the native one in channels-last layout wins.
+    """
+    K, C, out = kernel.shape
+    if K == stride:
+        return windows(x, K, stride) @ kernel.reshape(K * C, out)
+    return lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+class GroupNormConv(nn.Module):
+    """First convolution, per-channel norm over time, GELU: [B, S, 1], valid frames [B] -> [B, T, C].
+
+    The convolution is linear in the K samples of its window, so mean and variance of every channel over time
+    follow from the windows' mean and K x K covariance, and the norm folds into per-utterance weights: exact, and
+    the largest activation of the network is written once.  Only valid frames enter the statistics, so padding
+    does not leak (without padding this is the published group norm).
+    """
+
+    channels: int
+    kernel: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        K, C = self.kernel, self.channels
+        w_KxC = self.param("kernel", kernel_init, (K, 1, C))[:, 0]
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        offset = self.param("bias", nn.initializers.zeros, (C,))
+        # float32 island: the covariance of near-silent windows vanishes in bfloat16.
+        with jax.default_matmul_precision("float32"):
+            w_BxTxK = windows(x, K, self.stride)
+            valid = frame_mask(lengths, w_BxTxK.shape[1])[..., None]
+            count = jnp.maximum(lengths, 1).astype(jnp.float32)
+            mean_BxK = jnp.sum(jnp.where(valid, w_BxTxK, 0), axis=1) / count[:, None]
+            centred = jnp.where(valid, w_BxTxK - mean_BxK[:, None], 0)
+            cov_BxKxK = jnp.einsum("btk,btl->bkl", centred, centred) / count[:, None, None]
+            var_BxC = jnp.einsum("kc,bkl,lc->bc", w_KxC, cov_BxKxK, w_KxC)
+            folded_BxKxC = w_KxC[None] * (scale[None] * lax.rsqrt(var_BxC + 1e-5))[:, None]
+            shift_BxC = offset[None] - jnp.einsum("bk,bkc->bc", mean_BxK, folded_BxKxC)
+        y = jnp.einsum("btk,bkc->btc", w_BxTxK.astype(self.dtype), folded_BxKxC.astype(self.dtype))
+        return gelu(y + shift_BxC[:, None].astype(self.dtype))
+
+
+class WaveformExtractor(nn.Module):
+    """The convolutional feature encoder of wav2vec 2.0 (section 2): [B, S], [B] -> [B, T, C], [B].
+
+    `norm="group"` normalises the first layer over time (Base); `"layer"` normalises every layer over channels
+    (Large).  `normalize` gives each waveform zero mean and unit variance first, from `statistics` (mean and
+    standard deviation of the whole recording, [B] each) where given, else from the valid samples of the row.
+    """
+
+    channels: Sequence[int] = (512,) * 7
+    kernels: Sequence[int] = KERNELS
+    strides: Sequence[int] = STRIDES
+    norm: str = "group"
+    bias: bool = False
+    normalize: bool = False
+    dtype: Any = jnp.float32
+
+    def out_len(self, samples: Any) -> Any:
+        """Frames made of `samples`: 16000 -> 49, 250000 -> 781."""
+        return conv_out_len(samples, self.kernels, self.strides)
+
+    def frame_len(self) -> tuple[int, int]:
+        """(hop, receptive field - hop) in samples: (320, 80) as published."""
+        hop = math.prod(self.strides)
+        field = 1
+        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
+            field = (field - 1) * stride + kernel
+        return hop, field - hop
+
+    @nn.compact
+    def __call__(
+        self, audio: jax.Array, lengths: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.norm not in ("group", "layer"):
+            raise ValueError(f"frontend.norm={self.norm!r}: expected 'group' or 'layer'")
+        x = as_float(audio)
+        if self.normalize:
+            x = _normalize(x, lengths, statistics)
+        x = x[..., None]
+        layers = list(zip(self.channels, self.kernels, self.strides, strict=True))
+        for i, (channels, K, stride) in enumerate(layers):
+            if i == 0 and self.norm == "group":
+                valid = conv_out_len(lengths, (K,), (stride,))
+                x = GroupNormConv(channels, K, stride, self.dtype, name="conv0")(x, valid)
+                continue
+            kernel = self.param(f"conv{i}_kernel", kernel_init, (K, x.shape[-1], channels))
+            x = strided_conv(x.astype(self.dtype), kernel.astype(self.dtype), stride)
+            if self.bias:
+                bias = self.param(f"conv{i}_bias", fan_in_uniform(K * kernel.shape[1]), (channels,))
+                x = x + bias.astype(self.dtype)[None, None]
+            if self.norm == "layer":
+                x = LayerNorm(out_dtype=self.dtype, name=f"norm{i}")(x)
+            x = gelu(x)
+        lengths = self.out_len(lengths)
+        return zero_padding(x, lengths), lengths
+
+
+def _normalize(x, lengths, statistics):
+    if statistics is None:
+        valid = frame_mask(lengths, x.shape[1])
+        count = jnp.maximum(lengths, 1).astype(jnp.float32)
+        mean = jnp.sum(jnp.where(valid, x, 0), axis=1) / count
+        std = jnp.sqrt(jnp.sum(jnp.where(valid, x - mean[:, None], 0) ** 2, axis=1) / count)
+    else:
+        mean, std = statistics
+    return (x - mean[:, None]) * lax.rsqrt(std**2 + 1e-7)[:, None]

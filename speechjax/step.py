@@ -1,0 +1,123 @@
+"""One update: a pure function of state and batch, compiled for every batch shape before step 0."""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from speechjax import sharding
+
+log = logging.getLogger("speechjax")
+
+
+@flax.struct.dataclass
+class State:
+    """Everything a checkpoint holds.  `meters` are the (sum, weight) pairs of the running log window."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any
+    meters: dict[str, jax.Array]
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def ratio(pair: Any) -> Any:
+    """sum / weight, 0 where nothing was weighed."""
+    total, weight = pair
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def stream_keys(task: Any, seed: int, number: jax.Array) -> dict[str, jax.Array]:
+    """One key a random stream of the task, a pure function of (seed, number)."""
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(task.rngs)}
+
+
+def init_state(task: Any, tx: optax.GradientTransformation, seed: int, batch: dict[str, Any]) -> State:
+    """Fresh state for batches like `batch` (arrays or shapes).  Jit it with output shardings."""
+    key = jax.random.key(seed)
+    rngs = {"params": key, **stream_keys(task, seed, jnp.int32(0))}
+    empty = {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}
+    # Dropout is off for the shapes' sake only: init draws parameters, nothing else.
+    (losses, metrics), variables = task.init_with_output(rngs, empty, step=jnp.int32(0), train=False)
+    params = variables.pop("params")
+    names = ["loss", "grad_norm", *losses, *metrics]
+    zero = jnp.int32(0)
+    return State(
+        step=zero, params=params, opt_state=tx.init(params), extra=variables,
+        meters={name: jnp.zeros(2) for name in names}, skipped=zero, skipped_in_row=zero,
+    )  # fmt: skip
+
+
+def train_step(
+    task: Any, tx: optax.GradientTransformation, seed: int, log_every: int, state: State, batch: dict[str, jax.Array]
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update.  Non-finite steps change nothing but the counters.  Also returns the window's meters."""
+    rngs = stream_keys(task, seed, state.step)
+
+    def loss_fn(params):
+        variables = {"params": params, **state.extra}
+        losses, metrics = task.apply(variables, batch, step=state.step, train=True, rngs=rngs)
+        return sum(ratio(pair) for pair in losses.values()), {**losses, **metrics}
+
+    (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    extra = task.after_step(params, state.extra, state.step)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+
+    one = jnp.ones(())
+    sums = {"loss": (loss, one), "grad_norm": (grad_norm, one), **sums}
+    first = state.step % log_every == 0  # of a log window: the meters start anew
+    meters = {}
+    for name, (total, weight) in sums.items():
+        pair = jnp.where(finite, jnp.stack([total, weight]), 0.0)
+        meters[name] = jnp.where(first, 0.0, state.meters[name]) + pair
+    skip = jnp.where(finite, 0, 1)
+    state = State(
+        step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state),
+        extra=keep(extra, state.extra), meters=meters, skipped=state.skipped + skip,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+    )  # fmt: skip
+    # Copies, because the state itself is donated to the next step.
+    return state, {**meters, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+
+
+def batch_shapes(shape: Any, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract global batch of one plan shape."""
+    place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    R, S = shape.rows, shape.samples
+    kinds = {"audio": ((R, S), jnp.int16), "lengths": ((R,), jnp.int32)}
+    kinds |= {"mean": ((R,), jnp.float32), "std": ((R,), jnp.float32)}
+    return {k: jax.ShapeDtypeStruct(s, d, sharding=place) for k, (s, d) in kinds.items()}
+
+
+def compile_steps(
+    task: Any, tx: Any, mesh: Any, state: Any, shapes: Sequence[Any], *, seed: int, log_every: int
+) -> dict[tuple[int, int], Any]:
+    """The train step compiled for every batch shape, before step 0: {(rows, samples): program}."""
+    step = jax.jit(functools.partial(train_step, task, tx, seed, log_every), donate_argnums=0,
+                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))  # fmt: skip
+    programs = {}
+    for shape in shapes:
+        start = time.monotonic()
+        program = step.lower(state, batch_shapes(shape, mesh)).compile()
+        memory = program.memory_analysis()
+        log.info(
+            "compiled the step for %d x %d samples in %.1f s, %.2f GiB of temporaries a device",
+            shape.rows, shape.samples, time.monotonic() - start,
+            (memory.temp_size_in_bytes if memory else math.nan) / 2**30,
+        )  # fmt: skip
+        programs[shape.rows, shape.samples] = program
+    return programs

@@ -1,0 +1,238 @@
+"""THE loop, read top to bottom.  It knows a task as a module from batch to sums of losses and metrics, no more."""
+
+import collections
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from speechjax import config as configs
+from speechjax import sharding
+from speechjax.checkpoint import Checkpoints
+from speechjax.errors import UserError
+from speechjax.logs import Logs, StepClock
+from speechjax.optim import make_optimizer
+from speechjax.report import write_report
+from speechjax.step import State, batch_shapes, compile_steps, init_state
+
+log = logging.getLogger("speechjax")
+
+DONE, NOT_FINITE, RESTART = 0, 3, 42  # exit codes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The train block: how long, and how often what happens.
+
+    `best_metric` names the evaluation metric whose best checkpoint is kept in `best/`, `best_mode` is "min" or
+    "max"; after `patience` evaluations without a better one training stops (0: never).  `max_skipped`
+    non-finite steps in a row end the run.
+    """
+
+    steps: int
+    seed: int
+    log_every: int
+    checkpoint_every: int
+    eval_every: int
+    keep: int
+    best_metric: str
+    best_mode: str
+    patience: int
+    max_skipped: int
+
+
+@dataclass
+class Job:
+    """What evaluators may use: the task, where it runs, and what it runs on."""
+
+    task: Any
+    config: Any
+    data: Any
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    logs: Logs
+
+
+def on_device(mesh: Any, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """(global batch, samples of audio in it), one batch ahead, so that transfers overlap the step."""
+    ahead: collections.deque = collections.deque()
+    for batch in batches:
+        samples = int(batch["lengths"].sum()) * jax.process_count()
+        ahead.append((sharding.global_batch(mesh, batch), samples))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
+
+
+class Best:
+    """The best evaluation so far; lives in the checkpoints' meta, so a resumed run judges alike."""
+
+    def __init__(self, schedule: Schedule, value: float | None = None, step: int = 0, worse: int = 0):
+        if schedule.best_mode not in ("min", "max"):
+            raise UserError(f"config.train.best_mode={schedule.best_mode!r}: choose min or max")
+        self.schedule, self.value, self.step, self.worse = schedule, value, step, worse
+
+    def update(self, step: int, metrics: dict[str, float]) -> bool:
+        """True where `metrics` are the best yet; raises UserError where they lack the metric."""
+        name = self.schedule.best_metric
+        if name not in metrics:
+            there = ", ".join(sorted(metrics)) or "no evaluations"
+            raise UserError(f"config.train.best_metric={name!r} is not among the evaluations: {there}")
+        sign = 1 if self.schedule.best_mode == "min" else -1
+        if self.value is None or sign * metrics[name] < sign * self.value:
+            self.value, self.step, self.worse = metrics[name], step, 0
+            return True
+        self.worse += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return bool(self.schedule.patience) and self.worse >= self.schedule.patience
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(value=self.value, step=self.step, worse=self.worse)
+
+
+def train(config: Any, data: Any, workdir: Path) -> int:
+    """Trains `config` on `data` in `workdir`, resuming by itself; returns an exit code.
+
+    `data` offers `shapes`, `train_batches(start, stop, host, hosts)`, `valid_batches(host, hosts)` and
+    `sample_rate` (speechjax.data.pipeline.Data does).
+    """
+    schedule = Schedule(**config.train)
+    mesh = sharding.make_mesh(**config.mesh)
+    task = configs.make_task(config)
+    tx, rate = make_optimizer(steps=schedule.steps, **config.optim)
+
+    with jax.set_mesh(mesh):
+        # Shapes first: eval_shape -> shardings -> jit(init), so no device ever holds more than its part.
+        init = functools.partial(init_state, task, tx, schedule.seed, batch_shapes(data.shapes[0], mesh))
+        abstract = jax.eval_shape(init)
+        place = sharding.state_sharding(mesh, abstract)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
+
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            state, best, start = jax.jit(init, out_shardings=place)(), Best(schedule), 0
+        else:
+            state, meta = restored
+            best, start = Best(schedule, **meta["best"]), meta["step"]
+            log.info("resuming at step %d of %d", start, schedule.steps)
+        count = sum(x.size for x in jax.tree.leaves(state.params))
+        log.info("%.2f M parameters, mesh %s", count / 1e6, dict(mesh.shape))
+
+        first = jax.process_index() == 0
+        with Logs(workdir, total_steps=schedule.steps, start_step=start, enabled=first) as logs:
+            job = Job(task, config, data, mesh, workdir, logs)
+            shapes = data.shapes if start < schedule.steps else []
+            programs = compile_steps(
+                task, tx, mesh, abstract, shapes, seed=schedule.seed, log_every=schedule.log_every
+            )
+            code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
+        if first:
+            log.info("report: %s", write_report(workdir))
+    return code
+
+
+class Loop:
+    """One run of the loop over a prepared job."""
+
+    def __init__(self, job: Job, schedule: Schedule, rate: Any, programs: Any, checkpoints: Checkpoints, best: Best):
+        self.job, self.schedule, self.rate, self.programs = job, schedule, rate, programs
+        self.checkpoints, self.best = checkpoints, best
+        self.best_checkpoint = Checkpoints(job.workdir / "best", keep=1, every=1)
+        self.evaluators = {
+            name: configs.eval_class(block["name"])(job, **{k: v for k, v in block.items() if k != "name"})
+            for name, block in job.config.evals.to_dict().items()
+        }
+        self.clock = StepClock()
+        self.window: tuple[int, Any] | None = None  # a log window that is over, but not fetched yet
+
+    def run(self, state: State, start: int) -> int:
+        """From step `start` to the end; an exit code."""
+        steps, hosts = self.schedule.steps, (jax.process_index(), jax.process_count())
+        batches = on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
+        in_flight: collections.deque = collections.deque()
+        code = DONE
+        for step in range(start + 1, steps + 1):
+            with self.clock.input_wait():
+                batch, samples = next(batches)
+            state, meters = self.programs[batch["audio"].shape](state, batch)
+            self.clock.step(samples / self.job.data.sample_rate)
+            in_flight.append(meters["skipped"])
+            if len(in_flight) > 2:  # two queued steps keep a device busy; more only hold memory and blur the clock
+                in_flight.popleft().block_until_ready()
+
+            last = step == steps
+            evaluate = last or step % self.schedule.eval_every == 0
+            lost = self.log()  # the window before, now that this step is on its way
+            if last or step % self.schedule.log_every == 0:
+                self.window = (step, meters)
+            if evaluate:
+                lost = self.log() or lost
+            if lost:
+                code = NOT_FINITE
+                break
+            if evaluate:
+                self.evaluate(state, step)
+            with self.clock.pause():
+                self.checkpoints.save(step, state, self.meta(), force=last or self.best.exhausted)
+            if self.checkpoints.preempted(step):
+                log.warning("pre-empted: step %d is saved, exit code %d asks for a restart", step, RESTART)
+                code = RESTART
+                break
+            if self.best.exhausted:
+                log.info("stopped early: %s is best at step %d", self.schedule.best_metric, self.best.step)
+                break
+        self.log()
+        self.checkpoints.close()
+        self.best_checkpoint.close()
+        return code
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself beside the state."""
+        return dict(best=self.best.to_json(), model=configs.to_json(self.job.config)["model"])
+
+    def evaluate(self, state: State, step: int) -> None:
+        """Runs the evaluators that are due, names their metrics <evaluator>/<metric>, keeps the best checkpoint."""
+        number, found = step // self.schedule.eval_every, {}
+        with self.clock.pause():
+            for name, evaluator in self.evaluators.items():
+                if number % evaluator.every and step != self.schedule.steps:
+                    continue
+                metrics = evaluator(state.params, state.extra, step, name)
+                if metrics:
+                    self.job.logs.write(step, name, metrics)
+                    found.update({f"{name}/{k}": v for k, v in metrics.items()})
+            if self.best.update(step, found):
+                self.best_checkpoint.save(step, state, self.meta(), force=True)
+            if jax.process_index() == 0:
+                write_report(self.job.workdir)
+
+    def log(self) -> bool:
+        """Writes the finished log window, if any; True where too many steps in a row were not finite."""
+        if self.window is None:
+            return False
+        step, meters = self.window
+        self.window = None
+        meters = jax.device_get(meters)
+        skipped, in_row = int(meters.pop("skipped")), int(meters.pop("skipped_in_row"))
+        metrics = {name: float(s / w) if w else math.nan for name, (s, w) in meters.items()}
+        metrics |= {"learning_rate": float(self.rate(step - 1)), "skipped": skipped, **self.clock.read_and_reset()}
+        self.job.logs.write(step, "train", metrics)
+        self.job.logs.progress(step, metrics)
+        alarms = self.job.task.health(metrics, step)
+        if skipped > 0.05 * step:
+            alarms["not_finite"] = f"{skipped} of {step} steps were not finite and skipped; lower optim.learning_rate"
+        self.job.logs.alarms(step, alarms)
+        if in_row < self.schedule.max_skipped:
+            return False
+        log.error("%d non-finite steps in a row: stopping; the last checkpoints are from before them", in_row)
+        return True

@@ -1,0 +1,403 @@
+"""What survives from a source to random access: samples, names, reasons, and the cache that holds them."""
+
+import errno
+import functools
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechjax.data import records as module
+from speechjax.data import sources
+from speechjax.data.records import Records, open_records
+from speechjax.errors import UserError
+
+RATE = 16_000
+
+
+def noise(seconds: float, seed: int = 0, level: int = 9_000) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-level, level, round(seconds * RATE)).astype(np.int16)
+
+
+def write(path: Path, audio: np.ndarray, rate: int = RATE, **options) -> Path:
+    soundfile.write(path, audio, rate, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six usable recordings, four bad ones and a text."""
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for k in range(5):
+        write(folder / f"good{k}.wav", noise(0.5 + k / 10, seed=k))
+    write(folder / "long.flac", noise(10.0, seed=9, level=2_000) + np.int16(500))
+    (folder / "bad_text.wav").write_text("no audio " * 99)
+    write(folder / "bad_nan.wav", np.full(RATE, np.nan), subtype="FLOAT")
+    cut = write(folder / "bad_cut.wav", noise(1.0))
+    cut.write_bytes(cut.read_bytes()[:9_000])
+    write(folder / "short.wav", noise(0.05))
+    (folder / "readme.txt").touch()
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """open_records with a cache of its own and tolerant limits."""
+
+    def opener(source: str | Path, **options) -> Records:
+        name = f"folder:{source}" if isinstance(source, Path) else source
+        return open_records(
+            name, **{"cache_dir": str(tmp_path / "cache"), "min_seconds": 0.1, "max_bad_share": 0.5} | options
+        )
+
+    return opener
+
+
+@pytest.fixture
+def decodes(monkeypatch) -> list[str]:
+    """Names of the files decoded so far."""
+    names: list[str] = []
+    real = sources.decode
+
+    def counted(path, *part):
+        names.append(os.path.basename(path))
+        return real(path, *part)
+
+    monkeypatch.setattr(sources, "decode", counted)
+    return names
+
+
+def entries(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "records").iterdir())
+
+
+# ---- contents
+
+
+def test_recordings_and_rejections(folder, opened, caplog):
+    with caplog.at_level(logging.INFO, "speechjax"):
+        records = opened(folder)
+    assert records.ids == [*(f"good{k}.wav" for k in range(5)), "long.flac"]
+    assert len(records) == 6
+    for k in range(5):
+        np.testing.assert_array_equal(records.read(k), noise(0.5 + k / 10, seed=k))
+    assert {entry["id"]: entry["reason"] for entry in records.rejected} == {
+        "bad_cut.wav": "truncated",
+        "bad_nan.wav": "NaN or infinite samples",
+        "bad_text.wav": "not audio",
+        "short.wav": "shorter than 0.1 s",
+    }
+    assert records.hours == pytest.approx((5 * 0.5 + 1.0 + 10) / 3600)
+    assert caplog.messages[-1] == (
+        f"folder:{folder}: 6 recordings, 0.00 h, 4 rejected (1 truncated, 1 NaN or infinite samples, "
+        "1 not audio, 1 shorter than 0.1 s), 1 other files ignored"
+    )
+
+
+def test_read_is_confined_to_the_example(folder, opened):
+    records = opened(folder)
+    whole = records.read(1)
+    np.testing.assert_array_equal(records.read(1, 100, 50), whole[100:150])
+    np.testing.assert_array_equal(records.read(np.int64(1), np.int32(100)), whole[100:])
+    assert records.read(1, len(whole), 0).size == 0
+    assert not whole.flags.writeable
+    for start, count in ((0, len(whole) + 1), (len(whole) - 1, 2), (-1, 1), (5, -1)):
+        with pytest.raises(IndexError, match=r"good1\.wav"):
+            records.read(1, start, count)
+
+
+def test_long_recordings_are_cut_without_copying(folder, opened, decodes):
+    whole, cut = opened(folder), opened(folder, segment_seconds=3.0)
+    assert decodes.count("long.flac") == 1
+    assert cut.ids[-4:] == [f"long.flac#{k:04d}" for k in range(4)]
+    np.testing.assert_array_equal(cut.lengths[-4:], 2.5 * RATE)
+    np.testing.assert_array_equal(np.concatenate([cut.read(k) for k in range(5, 9)]), whole.read(5))
+    assert cut.hours == whole.hours
+    assert "6 recordings in 9 segments" in cut.summary
+    # Statistics are the whole recording's: a segment must look as it does among its neighbours.
+    samples = whole.read(5) / 32_768
+    np.testing.assert_allclose(cut.mean[-4:], samples.mean(), rtol=1e-5)  # float32
+    np.testing.assert_allclose(cut.std[-4:], samples.std(), rtol=1e-5)
+    assert abs(cut.read(5).mean() / 32_768 - samples.mean()) > 1e-5 * samples.mean()
+
+
+def test_segments_of_awkward_lengths_cover_everything(tmp_path, opened):
+    (tmp_path / "speech").mkdir()
+    write(tmp_path / "speech" / "a.wav", noise(1.00006))
+    records = opened(tmp_path / "speech", segment_seconds=0.3, min_seconds=0.15)
+    assert len(records) == 4
+    assert records.lengths.max() - records.lengths.min() <= 1
+    np.testing.assert_array_equal(records.offsets[1:], records.offsets[:-1] + records.lengths[:-1])
+    assert records.lengths.sum() == len(noise(1.00006))
+
+
+def test_meta_follows_its_recording(tmp_path, opened):
+    lines = []
+    for k, seconds in enumerate((0.5, 2.0)):
+        write(tmp_path / f"{k}.wav", noise(seconds))
+        lines.append({"audio_filepath": f"{k}.wav", "text": f"ß{k}", "phones": ["a"], "speaker": k, "lang": "de"})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = opened(f"manifest:{tmp_path / 'm.jsonl'}", segment_seconds=1.0)
+    assert records.ids == ["0.wav", "1.wav#0000", "1.wav#0001"]
+    assert records.meta[0] == {"text": "ß0", "phones": ["a"], "speaker": 0, "lang": "de"}
+    assert records.meta[1] == records.meta[2] == {"speaker": 1, "lang": "de"}
+
+
+def test_mean_and_std_of_a_long_recording(tmp_path, opened):
+    """Sums run over blocks of a million samples."""
+    audio = noise(80.0, level=300) + np.int16(12_000)
+    (tmp_path / "speech").mkdir()
+    write(tmp_path / "speech" / "a.wav", audio)
+    records = opened(tmp_path / "speech", segment_seconds=100)
+    np.testing.assert_allclose(records.mean, (audio / 32_768).mean(), rtol=1e-6)
+    np.testing.assert_allclose(records.std, (audio / 32_768).std(), rtol=1e-5)  # a difference of large squares
+
+
+# ---- choosing
+
+
+def test_include_and_exclude_decode_nothing_again(folder, opened, decodes):
+    opened(folder)
+    before = len(decodes)
+    assert opened(folder, include=r"good[0-2]").ids == ["good0.wav", "good1.wav", "good2.wav"]
+    assert opened(folder, include=r"good", exclude=r"[01]").ids == ["good2.wav", "good3.wav", "good4.wav"]
+    assert not opened(folder, exclude="^bad|short", max_bad_share=0.0).rejected
+    assert len(opened(folder, min_seconds=0.75, max_bad_share=0.7)) == 3
+    assert len(decodes) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "["}, "config.data.include='\\[' is not a regular expression"),
+        ({"exclude": "(?P<"}, "config.data.exclude="),
+        ({"include": "nothing_like_it"}, "no id passes config.data.include='nothing_like_it'"),
+        ({"exclude": "."}, "no id passes"),
+        ({"min_seconds": 20.0}, "min_seconds=20 must not exceed half of segment_seconds=30"),
+        ({"segment_seconds": 0.0, "min_seconds": 0.0}, "segment_seconds=0"),
+    ],
+)
+def test_mistakes_in_options(folder, opened, options, message):
+    with pytest.raises(UserError, match=message):
+        opened(folder, **options)
+
+
+def test_share_of_bad_recordings(folder, opened):
+    opened(folder, max_bad_share=0.4)
+    with pytest.raises(UserError, match=r"40 % of 10 recordings are unusable: 1 truncated.*max_bad_share") as caught:
+        opened(folder, max_bad_share=0.39)
+    assert "\n" not in str(caught.value)
+    assert "'bad_cut.wav' (truncated)" in str(caught.value)
+    opened(folder, max_bad_share=0.34, exclude="bad_text")  # 3 of 9
+    with pytest.raises(UserError, match=r"nothing to train on; 100 % of 1 recordings .* 1 not audio"):
+        opened(folder, max_bad_share=1.0, include="bad_text")
+
+
+def test_everything_bad(tmp_path, opened, decodes):
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech" / "a.wav").write_text("x" * 999)
+    for _ in range(2):
+        with pytest.raises(UserError, match="nothing to train on"):
+            opened(tmp_path / "speech", max_bad_share=1.0)
+    assert decodes == ["a.wav"]
+
+
+# ---- cache
+
+
+def test_second_opening_decodes_nothing(folder, opened, decodes, tmp_path):
+    first = opened(folder)
+    assert len(decodes) == 10
+    second = opened(folder)
+    assert len(decodes) == 10
+    assert second.ids == first.ids
+    assert second.meta == first.meta
+    assert second.rejected == first.rejected
+    for k in range(len(first)):
+        np.testing.assert_array_equal(second.read(k), first.read(k))
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_changed_file_is_decoded(folder, opened, decodes, tmp_path):
+    opened(folder)
+    write(folder / "good0.wav", noise(0.7, seed=77))
+    records = opened(folder)
+    np.testing.assert_array_equal(records.read(0), noise(0.7, seed=77))
+    assert decodes.count("good0.wav") == 2
+    assert len(entries(tmp_path)) == 2
+
+
+def test_cache_place(folder, tmp_path, monkeypatch):
+    opener = functools.partial(open_records, f"folder:{folder}", min_seconds=0.1, max_bad_share=0.5)
+    monkeypatch.setenv("SPEECHJAX_CACHE", str(tmp_path / "by_env"))
+    opener()
+    assert (tmp_path / "by_env" / "records").is_dir()
+    opener(cache_dir=str(tmp_path / "by_argument"))
+    assert (tmp_path / "by_argument" / "records").is_dir()
+    monkeypatch.delenv("SPEECHJAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    opener()
+    assert (tmp_path / "home" / ".cache" / "speechjax" / "records").is_dir()
+
+
+def drop_last_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+DAMAGES = {
+    "audio.pcm": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "index.npz": lambda path: os.truncate(path, 100),
+    "examples.jsonl": drop_last_line,
+    "rejected.jsonl": lambda path: path.write_text("{"),
+    "info.json": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_entry_is_prepared_again(folder, opened, tmp_path, name, caplog):
+    opened(folder)
+    (entry,) = entries(tmp_path)
+    DAMAGES[name](entry / name)
+    with caplog.at_level(logging.WARNING, "speechjax"):
+        records = opened(folder)
+    assert "is damaged" in caplog.messages[0]
+    np.testing.assert_array_equal(records.read(0), noise(0.5))
+    assert entries(tmp_path) == [entry]
+
+
+def test_interruption_leaves_no_entry(folder, opened, tmp_path, monkeypatch):
+    real = sources.decode
+
+    def interrupted(path, *part):
+        if path.endswith("good3.wav"):
+            raise KeyboardInterrupt
+        return real(path, *part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened(folder)
+    assert entries(tmp_path) == []
+    assert len(opened(folder)) == 6
+
+
+def test_killed_process_leaves_only_its_work_folder(folder, opened, tmp_path):
+    program = (
+        "import os, sys; from speechjax.data import sources; from speechjax.data.records import open_records\n"
+        "real = sources.decode\n"
+        "sources.decode = lambda path, *part: os._exit(9) if path.endswith('long.flac') else real(path, *part)\n"
+        "open_records(sys.argv[1], cache_dir=sys.argv[2], min_seconds=0.1, max_bad_share=1.0)"
+    )
+    command = [sys.executable, "-c", program, f"folder:{folder}", str(tmp_path / "cache")]
+    assert subprocess.run(command).returncode == 9
+    (work,) = entries(tmp_path)
+    assert ".tmp-" in work.name
+    assert len(opened(folder)) == 6
+    assert work in entries(tmp_path)  # may be another process's that is still at work
+    yesterday = time.time() - 25 * 3600
+    for path in (work, *work.iterdir()):
+        os.utime(path, (yesterday, yesterday))
+    write(folder / "more.wav", noise(0.5))
+    opened(folder)
+    assert work not in entries(tmp_path)
+    assert len(entries(tmp_path)) == 2
+
+
+def test_losing_the_race_is_fine(folder, opened, tmp_path, monkeypatch):
+    """Another process finishes the same entry while this one decodes."""
+    opened(folder)
+    (entry,) = entries(tmp_path)
+    entry.rename(tmp_path / "theirs")
+    real = module._write
+
+    def slower(source, work, written, progress):
+        real(source, work, written, progress)
+        shutil.copytree(tmp_path / "theirs", entry)
+
+    monkeypatch.setattr(module, "_write", slower)
+    assert len(opened(folder)) == 6
+    assert entries(tmp_path) == [entry]
+
+
+# ---- storage that fails
+
+
+def test_disk_full_for_real(folder, opened, tmp_path):
+    """A limit on file sizes, the nearest to a small disk that needs no mount."""
+    write(folder / "much.wav", noise(20.0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"the disk is full.* needs about .* GB .*cache/records.*SPEECHJAX_CACHE"):
+            opened(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert entries(tmp_path) == []
+    assert len(opened(folder)) == 7
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EROFS, "cannot write the cache")],
+)
+def test_errors_of_the_cache_disk(folder, opened, tmp_path, monkeypatch, code, message):
+    def failing(fd):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(UserError, match=message):
+        opened(folder)
+    assert entries(tmp_path) == []
+
+
+def test_cache_dir_that_is_a_file(folder, opened, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"cannot write the cache in .*/cache/records: Not a directory"):
+        opened(folder)
+
+
+def test_failing_disk_of_the_source_is_not_a_verdict(folder, opened, tmp_path, monkeypatch):
+    """A server that stumbles must not leave half a corpus out for ever."""
+
+    def failing(path, *part):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(sources, "decode", failing)
+    with pytest.raises(UserError, match=r"cannot read folder:.*Input/output error"):
+        opened(folder)
+    assert entries(tmp_path) == []
+
+
+# ---- real speech
+
+
+def test_real_folder(real_speech, opened):
+    records = opened(real_speech / "fsdd", min_seconds=0.0, max_bad_share=0.0)
+    assert len(records) == 3_000
+    assert records.hours == pytest.approx(0.3645, abs=1e-3)
+    assert records.std.min() > 0
+    file, rate = soundfile.read(real_speech / "fsdd" / records.ids[17])
+    assert rate == 8_000
+    assert records.lengths[17] == 2 * len(file)
+    np.testing.assert_allclose(records.std[17], file.std(), rtol=0.02)  # resampling rings at the ends
+
+
+def test_real_manifest(real_speech, opened, tmp_path):
+    lines = (real_speech / "kerstin" / "manifest.jsonl").read_text().splitlines()[:20]
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        entry["audio_filepath"] = str(real_speech / "kerstin" / entry["audio_filepath"])
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    records = opened(f"manifest:{tmp_path / 'm.jsonl'}", max_bad_share=0.0)
+    assert [meta["text"] for meta in records.meta] == [entry["text"] for entry in entries]
+    np.testing.assert_allclose(records.lengths / RATE, [entry["duration"] for entry in entries], atol=1e-3)

@@ -1,0 +1,170 @@
+"""The waveform front end against plain convolutions and norms in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from scipy import special
+
+from speechjax.models.frontend import GroupNormConv, WaveformExtractor, conv_out_len, strided_conv, windows
+
+SHAPE = dict(channels=(8, 8, 8), kernels=(10, 3, 2), strides=(5, 2, 2))
+LENGTHS = jnp.array([400, 263, 0], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def audio() -> jax.Array:
+    """int16 [3, 400], noise in the padding too."""
+    return jax.random.randint(jax.random.key(0), (3, 400), -9000, 9000).astype(jnp.int16)
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(16000, 49), (250000, 781), (320000, 999), (399, 0), (400, 1), (0, 0)])
+def test_out_len(samples, frames):
+    assert WaveformExtractor().out_len(samples) == frames
+    assert WaveformExtractor().out_len(jnp.array([samples], jnp.int32))[0] == frames
+
+
+def test_out_len_is_what_comes_out():
+    for samples in (23, 24, 25, 60, 61):
+        front = WaveformExtractor(**SHAPE)
+        shape = jax.eval_shape(
+            lambda a: front.init_with_output(jax.random.key(0), a, jnp.array([a.shape[1]], jnp.int32))[0],  # noqa: B023
+            jnp.zeros((1, samples)),
+        )
+        assert shape[0].shape == (1, front.out_len(samples), 8)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 1), (7, 3), (2, 5)])
+@pytest.mark.parametrize("samples", [10, 40, 43])
+def test_windows_are_the_windows(kernel, stride, samples):
+    x = np.random.default_rng(0).normal(size=(2, samples, 3)).astype(np.float32)
+    frames = conv_out_len(samples, (kernel,), (stride,))
+    expected = np.stack([x[:, t * stride : t * stride + kernel].reshape(2, -1) for t in range(frames)], axis=1)
+    np.testing.assert_array_equal(windows(jnp.asarray(x), kernel, stride), expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2)])
+def test_strided_conv_equals_the_library(kernel, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 41, 3))
+    w = jax.random.normal(jax.random.key(1), (kernel, 3, 4))
+    library = lambda x, w: lax.conv_general_dilated(  # noqa: E731
+        x, w, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    both = jax.jit(lambda x, w: [jax.vjp(f, x, w)[0] for f in (lambda x, w: strided_conv(x, w, stride), library)])
+    ours, theirs = both(x, w)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32 sums of nine terms
+
+
+def plain_group_norm(x, kernel, scale, offset, lengths, stride):
+    """Convolution, then mean and variance of each channel over the valid frames, then GELU; float64."""
+    K = len(kernel)
+    rows = []
+    for row, frames in zip(x, lengths, strict=True):
+        y = np.stack([row[t * stride : t * stride + K] @ kernel for t in range((len(row) - K) // stride + 1)])
+        mean, var = y[:frames].mean(axis=0), y[:frames].var(axis=0)
+        y = (y - mean) / np.sqrt(var + 1e-5) * scale + offset
+        rows.append(y * special.ndtr(y))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5], ids=["centred", "direct current"])
+def test_folded_group_norm_equals_conv_then_norm(audio, offset):
+    K, stride, C = 10, 5, 8
+    x = audio[:2].astype(jnp.float32)[..., None] / 32768 + offset
+    valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
+    module = GroupNormConv(C, K, stride)
+    params = module.init(jax.random.key(1), x, valid)["params"]
+    params |= dict(scale=jnp.linspace(0.5, 2, C), bias=jnp.linspace(-1, 1, C))
+    ours = np.asarray(jax.jit(module.apply)({"params": params}, x, valid))
+    exact = {name: np.asarray(p, np.float64) for name, p in params.items()}
+    wide = np.asarray(x, np.float64)[..., 0]
+    reference = lambda lengths: plain_group_norm(  # noqa: E731
+        wide, exact["kernel"][:, 0], exact["scale"], exact["bias"], lengths, stride
+    )
+    expected = reference(np.asarray(valid))
+    for row, frames in enumerate(np.asarray(valid)):
+        # float32; a constant of twenty times the signal costs one digit.
+        np.testing.assert_allclose(ours[row, :frames], expected[row, :frames], atol=1e-5 if offset == 0 else 1e-4)
+    leaking = reference([expected.shape[1]] * 2)
+    assert np.abs(leaking[1] - expected[1]).max() > 1e-2, "negative control: statistics over padding differ"
+
+
+def test_folded_group_norm_has_the_gradient_of_the_plain_one(audio):
+    K, stride, C = 10, 5, 4
+    x = audio[:2].astype(jnp.float32)[..., None] / 32768
+    valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
+    module = GroupNormConv(C, K, stride)
+    params = module.init(jax.random.key(1), x, valid)["params"]
+    weight = jax.random.normal(jax.random.key(2), (2, 79, C))
+
+    def plain(params, x):
+        y = lax.conv_general_dilated(x, params["kernel"], (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        inside = (jnp.arange(y.shape[1])[None] < valid[:, None])[..., None]
+        mean = jnp.mean(y, axis=1, keepdims=True, where=inside)
+        y = (y - mean) * lax.rsqrt(jnp.mean((y - mean) ** 2, axis=1, keepdims=True, where=inside) + 1e-5)
+        return jax.nn.gelu(y * params["scale"][None, None] + params["bias"][None, None], approximate=False)
+
+    folded = lambda params, x: module.apply({"params": params}, x, valid)  # noqa: E731
+    both = jax.jit(lambda *a: [jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weight), (0, 1))(*a) for f in (folded, plain)])
+    ours, theirs = both(params, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())  # float32
+
+
+KINDS = {"group": dict(norm="group"), "layer": dict(norm="layer", bias=True, normalize=True)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def extractor(request, audio):
+    front = WaveformExtractor(**SHAPE, **KINDS[request.param])
+    variables = front.init(jax.random.key(3), audio, LENGTHS)
+    return jax.jit(lambda audio, lengths, *statistics: front.apply(variables, audio, lengths, *statistics))
+
+
+def test_frames_ignore_padding_and_end_with_the_utterance(extractor, audio):
+    frames, lengths = extractor(audio, LENGTHS)
+    np.testing.assert_array_equal(lengths, [19, 12, 0])
+    inside = np.arange(frames.shape[1])[None] < lengths[:, None]
+    assert (np.asarray(frames)[~inside] == 0).all() and np.isfinite(frames).all()
+    noisy = jnp.where(jnp.arange(400)[None] < LENGTHS[:, None], audio, -audio[::-1])
+    np.testing.assert_array_equal(frames, extractor(noisy, LENGTHS)[0])
+    changed = extractor(audio.at[1, 262].add(9000), LENGTHS)[0]
+    np.testing.assert_array_equal(changed[0], frames[0])
+    changed = extractor(audio.at[1, 250].add(9000), LENGTHS)[0]
+    assert np.abs(changed - frames)[1].max() > 1e-2, "negative control: a valid sample"
+
+
+def test_int16_is_float_over_32768(extractor, audio):
+    ours = extractor(audio, LENGTHS)[0]
+    np.testing.assert_array_equal(ours, extractor(audio.astype(jnp.float32) / 32768, LENGTHS)[0])
+
+
+def test_normalised_waveform_ignores_loudness_and_offset(audio):
+    front = WaveformExtractor(**SHAPE, norm="layer", normalize=True)
+    variables = front.init(jax.random.key(3), audio, LENGTHS)
+    run = jax.jit(lambda audio, *statistics: front.apply(variables, audio, LENGTHS, *statistics)[0])
+    x = audio.astype(jnp.float32) / 32768
+    base = run(x)
+    np.testing.assert_allclose(run(3 * x + 0.25), base, atol=1e-4)  # the offset costs float32 three bits
+    valid = [np.asarray(row[:n], np.float64) for row, n in zip(x, LENGTHS, strict=True)]
+    mean, std = (jnp.array([f(v) if len(v) else 0.0 for v in valid], jnp.float32) for f in (np.mean, np.std))
+    given = run(x, (mean, std))
+    np.testing.assert_allclose(given, base, atol=1e-5)  # float32
+    other = run(x, (mean + 0.5, std))
+    assert np.abs(other - base)[:2].max() > 0.1, "negative control: the given statistics are used"
+    plain = WaveformExtractor(**SHAPE, norm="layer").apply(variables, x, LENGTHS)
+    by_hand = plain_scale(x, mean, std)
+    np.testing.assert_allclose(
+        WaveformExtractor(**SHAPE, norm="layer").apply(variables, by_hand, LENGTHS)[0], base, atol=1e-5
+    )
+    assert np.abs(plain[0] - base).max() > 0.1, "negative control: normalising matters"
+
+
+def plain_scale(x, mean, std):
+    return (x - mean[:, None]) / jnp.sqrt(std**2 + 1e-7)[:, None]
+
+
+def test_unknown_norm_is_named():
+    with pytest.raises(ValueError, match="'batch'.*'group' or 'layer'"):
+        WaveformExtractor(**SHAPE, norm="batch").init(jax.random.key(0), jnp.zeros((1, 100)), jnp.array([100]))

@@ -1,0 +1,74 @@
+"""The grouped convolution as a matrix product against the library's, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from speechjax.models.layers import gelu
+from speechjax.models.positions import ConvPositions, grouped_conv
+
+WIDTH, GROUPS = 12, 3
+
+
+def library_conv(x, kernel, left):
+    return lax.conv_general_dilated(
+        x, kernel, (1,), [(left, kernel.shape[0] - 1 - left)], feature_group_count=GROUPS,
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("frames", "kernel", "per_row"), [(1, 1, 4), (3, 16, 4), (21, 6, 4), (21, 6, 1), (22, 31, 4), (50, 7, 4)]
+)
+def test_grouped_conv_equals_the_library(frames, kernel, per_row):
+    keys = jax.random.split(jax.random.key(frames), 3)
+    x = jax.random.normal(keys[0], (2, frames, WIDTH))
+    w = jax.random.normal(keys[1], (kernel, WIDTH // GROUPS, WIDTH))
+    g = jax.random.normal(keys[2], (2, frames, WIDTH))
+
+    @jax.jit
+    def both(x, w, g):
+        ours, ours_back = jax.vjp(lambda x, w: grouped_conv(x, w, GROUPS, per_row), x, w)
+        theirs, theirs_back = jax.vjp(lambda x, w: library_conv(x, w, kernel // 2), x, w)
+        return [ours, *ours_back(g)], [theirs, *theirs_back(g)], library_conv(x, w, (kernel - 1) // 2)
+
+    ours, theirs, shifted = both(x, w, g)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())  # float32 sums of up to 124 terms
+    if kernel % 2 == 0:
+        assert np.abs(ours[0] - shifted).max() > 0.1, "negative control: an even kernel sees the past first"
+
+
+def test_first_kernel_is_its_own_direction():
+    """Weight norm starts with gain = norm, one gain a tap, and the directions have the published scale."""
+    K, D, G = 32, 64, 4
+    module = ConvPositions(kernel=K, groups=G)
+    x = jax.random.normal(jax.random.key(0), (2, 10, D))
+    params = module.init(jax.random.key(1), x)["params"]
+    v, gain = params["direction"], params["gain"]
+    assert v.shape == (K, D // G, D) and gain.shape == (K, 1, 1)
+    assert v.std() == pytest.approx(np.sqrt(4 / (K * D)), rel=0.02)  # 32768 draws
+    np.testing.assert_allclose(gain[:, 0, 0], np.linalg.norm(np.asarray(v).reshape(K, -1), axis=1), rtol=1e-6)
+    np.testing.assert_allclose(module.apply({"params": params}, x), gelu(grouped_conv(x, v, G)), atol=1e-6)
+
+
+def test_gain_sets_the_size_of_a_tap_whatever_the_direction():
+    module = ConvPositions(kernel=3, groups=1)
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    params = module.init(jax.random.key(1), x)["params"]
+    base = module.apply({"params": params}, x)
+    np.testing.assert_allclose(module.apply({"params": params | {"direction": 7 * params["direction"]}}, x), base, atol=1e-6)
+    one_tap = params | {"gain": params["gain"].at[jnp.array([0, 2])].set(0.0)}
+    np.testing.assert_allclose(
+        module.apply({"params": one_tap}, x), gelu(x @ params["direction"][1]), atol=1e-6
+    )
+
+
+def test_a_zero_direction_has_finite_gradients():
+    module = ConvPositions(kernel=3, groups=1)
+    x = jnp.ones((1, 5, 4))
+    params = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(1), x)["params"])
+    gradient = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x)))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))

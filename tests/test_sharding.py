@@ -1,0 +1,153 @@
+"""The mesh on four virtual devices, and where parameters, moments and batches land on it."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from speechjax import config, sharding
+from speechjax.data.plan import Shape
+from speechjax.errors import UserError
+from speechjax.optim import make_optimizer
+from speechjax.paths import path_name
+from speechjax.sharding import SMALL, global_batch, make_mesh, state_sharding
+from speechjax.train import batch_shapes, init_state
+
+REPO = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(jax.device_count() != 4, reason="written for the four virtual devices of conftest")
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "expected"), [(-1, 1, (4, 1)), (-1, 2, (2, 2)), (-1, 4, (1, 4)), (2, 2, (2, 2)), (4, 1, (4, 1))]
+)
+def test_mesh_covers_every_device_once(data, fsdp, expected):
+    mesh = make_mesh(data=data, fsdp=fsdp)
+    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.devices.shape == expected
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "message"),
+    [
+        (-1, 3, "mesh.fsdp=3 does not divide the 4 devices"),
+        (-1, 8, "mesh.fsdp=8 does not divide the 4 devices"),
+        (-1, 0, "mesh.fsdp=0 does not divide the 4 devices"),
+        (-1, -1, "mesh.fsdp=-1 does not divide the 4 devices"),
+        (3, 1, "mesh.data=3 x mesh.fsdp=1 is not the 4 devices"),
+        (1, 2, "mesh.data=1 x mesh.fsdp=2 is not the 4 devices"),
+        (0, 4, "mesh.data=0 x mesh.fsdp=4 is not the 4 devices"),
+    ],
+)
+def test_wrong_factors_are_refused_with_the_cause(data, fsdp, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(data=data, fsdp=fsdp)
+
+
+def test_the_largest_divisible_axis_of_a_big_array_is_split():
+    place = state_sharding(make_mesh(data=-1, fsdp=2), {
+        "wide": shape(64, 1024), "tall": shape(1024, 64), "odd": shape(2**11 + 1, 64), "cube": shape(3, 512, 512),
+        "indivisible": shape(257, 129), "small": shape(64, 64), "edge": shape(SMALL // 2, 2), "below": shape(SMALL - 2),
+        "scalar": shape(),
+    })  # fmt: skip
+    assert {name: tuple(s.spec) for name, s in place.items()} == {
+        "wide": (None, "fsdp"), "tall": ("fsdp", None), "odd": (None, "fsdp"), "cube": (None, "fsdp", None),
+        "indivisible": (None, None), "small": (None, None), "edge": ("fsdp", None), "below": (None,), "scalar": (),
+    }  # fmt: skip
+
+
+def test_without_fsdp_everything_is_copied():
+    place = state_sharding(make_mesh(data=-1, fsdp=1), {"wide": shape(64, 1024)})
+    assert place["wide"].is_fully_replicated
+
+
+def test_rules_choose_by_path_and_must_cover_everything():
+    mesh = make_mesh(data=-1, fsdp=2)
+    tree = {"head": {"kernel": shape(512, 512)}, "encoder": {"kernel": shape(512, 512)}}
+    place = state_sharding(mesh, tree, (("^head/", "replicate"), (".*", "fsdp")))
+    assert place["head"]["kernel"].is_fully_replicated
+    assert not place["encoder"]["kernel"].is_fully_replicated
+    with pytest.raises((ValueError, UserError), match="no sharding rule covers parameter 'head/kernel'"):
+        state_sharding(mesh, tree, (("^encoder/", "fsdp"),))
+
+
+@functools.cache
+def abstract_state(size):
+    """Shapes of the whole training state of one config, on a mesh (2, 2)."""
+    settings = config.load(f"{REPO}/configs/pretrain/wav2vec2.py:{size}")
+    task = config.make_task(settings)
+    tx, _ = make_optimizer(steps=settings.train.steps, **settings.optim)
+    mesh = make_mesh(data=-1, fsdp=2)
+    with jax.set_mesh(mesh):
+        batch = batch_shapes(Shape(4, 16000), mesh)
+        state = jax.eval_shape(functools.partial(init_state, task, tx, 0, batch))
+    return state, state_sharding(mesh, state)
+
+
+SIZES = ["size=tiny", "size=base", "size=large,smoke"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fsdp_leaves_no_big_parameter_copied(size):
+    state, place = abstract_state(size)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    big = 0
+    for (path, leaf), spot in zip(leaves, jax.tree.leaves(place), strict=True):
+        splittable = leaf.size >= SMALL and any(d % 2 == 0 for d in leaf.shape)
+        assert spot.is_fully_replicated != splittable, path_name(path)
+        big += splittable
+        held = np.prod(spot.shard_shape(leaf.shape), dtype=int)
+        assert held == (leaf.size // 2 if splittable else leaf.size), path_name(path)
+    assert big > 0 or "smoke" in size
+    # The point of it all: a device holds hardly more than half of the parameters and moments.
+    if "smoke" not in size:
+        total = sum(x.size for x in jax.tree.leaves(state))
+        held = sum(
+            np.prod(s.shard_shape(x.shape), dtype=int)
+            for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(place), strict=True)
+        )
+        assert held < 0.52 * total
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_moments_live_where_their_parameter_lives(size):
+    _, place = abstract_state(size)
+    wanted = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(place.params)}
+    for moment in ("mu", "nu"):
+        found = {
+            path_name(p).split(f"/{moment}/")[1]: s
+            for p, s in jax.tree_util.tree_leaves_with_path(place.opt_state)
+            if f"/{moment}/" in path_name(p)
+        }
+        assert found == wanted
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_global_batch_gives_every_device_its_own_rows(fsdp):
+    mesh = make_mesh(data=-1, fsdp=fsdp)
+    audio = np.arange(8 * 5, dtype=np.int16).reshape(8, 5)
+    lengths = np.arange(8, dtype=np.int32)
+    batch = global_batch(mesh, dict(audio=audio, lengths=lengths))
+    assert (batch["audio"].dtype, batch["lengths"].dtype) == (jnp.int16, jnp.int32)
+    assert batch["audio"].sharding == NamedSharding(mesh, sharding.BATCH)
+    np.testing.assert_array_equal(batch["audio"], audio)
+    for row, device in enumerate(mesh.devices.reshape(-1)):
+        (shard,) = [s for s in batch["audio"].addressable_shards if s.device == device]
+        np.testing.assert_array_equal(shard.data, audio[2 * row : 2 * row + 2])
+    held = [np.asarray(s.data) for s in batch["lengths"].addressable_shards]
+    np.testing.assert_array_equal(np.sort(np.concatenate(held)), lengths)  # no row twice
+
+
+def test_a_split_array_really_lies_in_halves():
+    mesh = make_mesh(data=-1, fsdp=2)
+    x = jax.device_put(jnp.arange(256 * 128.0).reshape(256, 128), state_sharding(mesh, {"x": shape(256, 128)})["x"])
+    assert x.sharding.spec == PartitionSpec("fsdp", None)
+    assert {s.data.shape for s in x.addressable_shards} == {(128, 128)}
