@@ -316,6 +316,19 @@ class Logs:
         with self._writing():
             self._append({"step": int(step), "split": "alarm", "name": name, "message": None})
 
+    def alarms(self, step: int, current: Mapping[str, str]) -> None:
+        """Raise every alarm of `current`, {name: message}, and clear those that no longer hold."""
+        for name in self._alarms - current.keys():
+            self.clear(step, name)
+        for name, message in current.items():
+            self.alarm(step, name, message)
+
+    def save_json(self, name: str, content: Any) -> None:
+        """report/<name>.json, for the report page."""
+        if self.enabled:
+            with self._writing():
+                replace_file(self.workdir / "report" / f"{name}.json", json.dumps(content, indent=1).encode())
+
     def close(self) -> None:
         """Finish the bar and the files; a second call does nothing."""
         if self._live is not None:

@@ -9,6 +9,7 @@ holds a checkpoint.  Exit codes: 0 done, 42 restart me (pre-empted), 3 stopped o
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
@@ -67,7 +68,8 @@ def run(argv: Sequence[str] | None) -> int:
         seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
     )
     if jax.process_index() == 0:
-        data.records.write_rejected(args.workdir / "rejected.jsonl")
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in data.records.rejected]
+        (args.workdir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
     return train(config, data, args.workdir)
 
 

@@ -55,8 +55,8 @@ def test_wrong_factors_are_refused_with_the_cause(data, fsdp, message):
 def test_the_largest_divisible_axis_of_a_big_array_is_split():
     place = state_sharding(make_mesh(data=-1, fsdp=2), {
         "wide": shape(64, 1024), "tall": shape(1024, 64), "odd": shape(2**11 + 1, 64), "cube": shape(3, 512, 512),
-        "indivisible": shape(257, 129), "small": shape(64, 64), "edge": shape(SMALL // 2, 2), "below": shape(SMALL - 2),
-        "scalar": shape(),
+        "indivisible": shape(257, 129), "small": shape(64, 64), "edge": shape(SMALL // 2, 2),
+        "below": shape(SMALL - 2), "scalar": shape(),
     })  # fmt: skip
     assert {name: tuple(s.spec) for name, s in place.items()} == {
         "wide": (None, "fsdp"), "tall": ("fsdp", None), "odd": (None, "fsdp"), "cube": (None, "fsdp", None),

@@ -159,15 +159,14 @@ def _is_complete(raw: BinaryIO) -> bool:
     large = 0
     while len(chunk := raw.read(8)) == 8:
         name, length = struct.unpack(order[head[:4]] + "4sI", chunk)
+        start = raw.tell()
         if name == b"ds64":
             large = int.from_bytes(raw.read(16)[8:], "little")
-            raw.seek(-16, os.SEEK_CUR)
         if name in (b"data", b"SSND"):
             if length >= _UNKNOWN:
                 length = large
-            # Some writers count their 44 bytes of header in.
-            return raw.tell() + length <= size + 44
-        raw.seek(length + length % 2, os.SEEK_CUR)
+            return start + length <= size + 44  # some writers count their header in
+        raw.seek(start + length + length % 2)
     return True
 
 

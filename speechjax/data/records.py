@@ -353,12 +353,7 @@ def _decode(item: Item) -> _Decoded | BadAudio:
 
 def _with_progress(stream: _Outcomes, source: Source, wanted: bool) -> _Outcomes:
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
         yield from bar.track(stream, total=source.total, description="decoding")
 

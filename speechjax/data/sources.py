@@ -248,7 +248,7 @@ def _parse(row: bytes, manifest: str, number: int) -> _Line:
     offset, duration = entry.pop("offset", None), entry.pop("duration", None)
     # Pieces of one file differ in their offset, so it belongs to the name.
     own_id = entry.pop("id", name if offset is None else f"{name}@{offset}")
-    if not all(value is None or (type(value) in (int, float) and value >= 0) for value in (offset, duration)):
+    if not all(value is None or (type(value) in (int, float) and 0 <= value < 1e9) for value in (offset, duration)):
         return rejected("bad offset or duration")
     path = os.path.join(os.path.dirname(manifest), os.path.expanduser(name))
     return _Line(str(own_id), number, path, offset or 0.0, duration, with_standard_names(entry), "")

@@ -20,6 +20,7 @@ from speechjax.models.layers import frame_mask
 from speechjax.step import batch_shapes, init_state
 from speechjax.train import Job
 
+SHORT = ("accuracy", "random_accuracy", "log_mel_accuracy", "mfcc_accuracy")  # metric names of the rows
 RANDOM_SEED = 10_000  # far from the seeds people train with
 
 
@@ -88,7 +89,7 @@ class Probe:
         title = f"Linear probe at step {step}, accuracy in %, {held}"
         self.job.logs.table(title, columns, cells)
         self.job.logs.save_json("probe", dict(title=title, columns=columns, rows=cells))
-        return {key: float(np.mean([s["mean"] for s in scores])) for key, scores in _short(rows).items()}
+        return {key: float(np.mean([s["mean"] for s in scores])) for key, scores in zip(SHORT, rows.values(), strict=True)}
 
     def _control_rows(self) -> dict[str, list[dict[str, Any]]]:
         """Rows of the controls; they do not depend on training, so they are computed once a run."""

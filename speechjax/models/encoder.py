@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
 from speechjax.models.frontend import WaveformExtractor
 from speechjax.models.layers import LayerNorm, fan_in_uniform, gelu, shard_batch, zero_padding
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         self, x: jax.Array, lengths: jax.Array, *, train: bool, hidden: bool = False
     ) -> tuple[jax.Array, list[jax.Array]]:
         if self.norm not in ("post", "pre"):
-            raise ValueError(f"model.norm={self.norm!r}: expected 'post' or 'pre'")
+            raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre'")
         x = zero_padding(x, lengths)
         x = x + ConvPositions(dtype=self.dtype, name="positions", **self.positions)(x)
         if self.norm == "post":
@@ -158,8 +159,6 @@ class SpeechEncoder(nn.Module):
     def setup(self):
         options = dict(self.frontend)
         name = options.pop("name")
-        if name not in FRONTENDS:
-            raise ValueError(f"model.frontend.name={name!r}: expected one of {sorted(FRONTENDS)}")
         dtype = jnp.dtype(self.dtype)
         self.front = FRONTENDS[name](**options, dtype=dtype)
         self.feature_norm = LayerNorm(out_dtype=dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speechjax.errors import UserError
 from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, zero_padding
 
 # wav2vec 2.0 section 4.2: seven layers, 320 samples (20 ms) a frame, receptive field 400 samples.
@@ -127,7 +128,7 @@ class WaveformExtractor(nn.Module):
         self, audio: jax.Array, lengths: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None
     ) -> tuple[jax.Array, jax.Array]:
         if self.norm not in ("group", "layer"):
-            raise ValueError(f"frontend.norm={self.norm!r}: expected 'group' or 'layer'")
+            raise UserError(f"config.model.frontend.norm={self.norm!r}: expected 'group' or 'layer'")
         x = as_float(audio)
         if self.normalize:
             x = _normalize(x, lengths, statistics)

@@ -156,6 +156,7 @@ def test_manifest_faults_are_items_with_line_numbers(tmp_path):
         {"audio_filepath": "a.wav", "offset": -1},
         {"audio_filepath": "a.wav", "id": "late", "offset": 9},
         '["a.wav"]',
+        '{"audio_filepath": "a.wav", "duration": Infinity}',
     )
     assert verdicts(name) == {
         "a.wav": len(tone()),
@@ -165,6 +166,7 @@ def test_manifest_faults_are_items_with_line_numbers(tmp_path):
         "m.jsonl:5": "bad offset or duration",
         "late": "offset beyond the end",
         "m.jsonl:7": "not a JSON object",
+        "m.jsonl:8": "bad offset or duration",
     }
 
 

@@ -1,17 +1,18 @@
-"""A tiny speech encoder: 20 samples a frame, so a second of it would be 16 of a real one."""
+"""A tiny speech encoder at 20 samples a frame, and parameters for anything without compiling its `init`."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from speechjax.models.encoder import SpeechEncoder
 
-Factory = Callable[..., SpeechEncoder]
-
 
 @pytest.fixture(scope="session")
-def tiny_encoder() -> Factory:
+def tiny_encoder() -> Callable[..., SpeechEncoder]:
     """Encoder of two layers; keyword arguments replace settings, `frontend` only those it names."""
 
     def make(frontend: dict[str, Any] | None = None, **settings: Any) -> SpeechEncoder:
@@ -24,3 +25,21 @@ def tiny_encoder() -> Factory:
         return SpeechEncoder(frontend=front | (frontend or {}), **(tiny | settings))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """Parameters of `module` for these inputs, drawn around zero, scales around one."""
+
+    def draw(module: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+        rng = np.random.default_rng(0)
+
+        def leaf(path, shape):
+            centre = 1.0 if path[-1].key in ("scale", "gain") else 0.0
+            width = 1 / np.sqrt(np.prod(shape.shape[:-1]) + 1)
+            return jnp.asarray(centre + width * rng.normal(size=shape.shape), shape.dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    return draw

@@ -35,13 +35,16 @@ def test_out_len_is_what_comes_out():
         assert shape[0].shape == (1, front.out_len(samples), 8)
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 1), (7, 3), (2, 5)])
-@pytest.mark.parametrize("samples", [10, 40, 43])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "samples"),
+    [(10, 5, 10), (10, 5, 43), (3, 2, 40), (2, 2, 43), (5, 1, 10), (7, 3, 40), (2, 5, 40), (2, 5, 43)],
+)
 def test_windows_are_the_windows(kernel, stride, samples):
     x = np.random.default_rng(0).normal(size=(2, samples, 3)).astype(np.float32)
     frames = conv_out_len(samples, (kernel,), (stride,))
     expected = np.stack([x[:, t * stride : t * stride + kernel].reshape(2, -1) for t in range(frames)], axis=1)
-    np.testing.assert_array_equal(windows(jnp.asarray(x), kernel, stride), expected)
+    ours = jax.jit(windows, static_argnums=(1, 2))(x, kernel, stride)
+    np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2)])
@@ -69,13 +72,12 @@ def plain_group_norm(x, kernel, scale, offset, lengths, stride):
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5], ids=["centred", "direct current"])
-def test_folded_group_norm_equals_conv_then_norm(audio, offset):
+def test_folded_group_norm_equals_conv_then_norm(audio, random_params, offset):
     K, stride, C = 10, 5, 8
     x = audio[:2].astype(jnp.float32)[..., None] / 32768 + offset
     valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
     module = GroupNormConv(C, K, stride)
-    params = module.init(jax.random.key(1), x, valid)["params"]
-    params |= dict(scale=jnp.linspace(0.5, 2, C), bias=jnp.linspace(-1, 1, C))
+    params = random_params(module, x, valid)
     ours = np.asarray(jax.jit(module.apply)({"params": params}, x, valid))
     exact = {name: np.asarray(p, np.float64) for name, p in params.items()}
     wide = np.asarray(x, np.float64)[..., 0]
@@ -90,12 +92,12 @@ def test_folded_group_norm_equals_conv_then_norm(audio, offset):
     assert np.abs(leaking[1] - expected[1]).max() > 1e-2, "negative control: statistics over padding differ"
 
 
-def test_folded_group_norm_has_the_gradient_of_the_plain_one(audio):
+def test_folded_group_norm_has_the_gradient_of_the_plain_one(audio, random_params):
     K, stride, C = 10, 5, 4
     x = audio[:2].astype(jnp.float32)[..., None] / 32768
     valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
     module = GroupNormConv(C, K, stride)
-    params = module.init(jax.random.key(1), x, valid)["params"]
+    params = random_params(module, x, valid)
     weight = jax.random.normal(jax.random.key(2), (2, 79, C))
 
     def plain(params, x):
@@ -116,10 +118,10 @@ KINDS = {"group": dict(norm="group"), "layer": dict(norm="layer", bias=True, nor
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def extractor(request, audio):
+def extractor(request, audio, random_params):
     front = WaveformExtractor(**SHAPE, **KINDS[request.param])
-    variables = front.init(jax.random.key(3), audio, LENGTHS)
-    return jax.jit(lambda audio, lengths, *statistics: front.apply(variables, audio, lengths, *statistics))
+    params = random_params(front, audio, LENGTHS)
+    return jax.jit(lambda audio, lengths: front.apply({"params": params}, audio, lengths))
 
 
 def test_frames_ignore_padding_and_end_with_the_utterance(extractor, audio):
@@ -140,29 +142,21 @@ def test_int16_is_float_over_32768(extractor, audio):
     np.testing.assert_array_equal(ours, extractor(audio.astype(jnp.float32) / 32768, LENGTHS)[0])
 
 
-def test_normalised_waveform_ignores_loudness_and_offset(audio):
-    front = WaveformExtractor(**SHAPE, norm="layer", normalize=True)
-    variables = front.init(jax.random.key(3), audio, LENGTHS)
-    run = jax.jit(lambda audio, *statistics: front.apply(variables, audio, LENGTHS, *statistics)[0])
-    x = audio.astype(jnp.float32) / 32768
-    base = run(x)
-    np.testing.assert_allclose(run(3 * x + 0.25), base, atol=1e-4)  # the offset costs float32 three bits
-    valid = [np.asarray(row[:n], np.float64) for row, n in zip(x, LENGTHS, strict=True)]
-    mean, std = (jnp.array([f(v) if len(v) else 0.0 for v in valid], jnp.float32) for f in (np.mean, np.std))
-    given = run(x, (mean, std))
-    np.testing.assert_allclose(given, base, atol=1e-5)  # float32
-    other = run(x, (mean + 0.5, std))
-    assert np.abs(other - base)[:2].max() > 0.1, "negative control: the given statistics are used"
-    plain = WaveformExtractor(**SHAPE, norm="layer").apply(variables, x, LENGTHS)
-    by_hand = plain_scale(x, mean, std)
-    np.testing.assert_allclose(
-        WaveformExtractor(**SHAPE, norm="layer").apply(variables, by_hand, LENGTHS)[0], base, atol=1e-5
-    )
-    assert np.abs(plain[0] - base).max() > 0.1, "negative control: normalising matters"
-
-
-def plain_scale(x, mean, std):
-    return (x - mean[:, None]) / jnp.sqrt(std**2 + 1e-7)[:, None]
+def test_normalised_waveform(audio, random_params):
+    """Zero mean and unit variance of the valid samples, or by given statistics of the whole recording."""
+    plain = WaveformExtractor(**SHAPE, norm="layer")
+    front = plain.clone(normalize=True)
+    params = random_params(front, audio, LENGTHS)
+    run = jax.jit(lambda x, statistics: front.apply({"params": params}, x, LENGTHS, statistics)[0])
+    x = np.asarray(audio, np.float32) / 32768
+    valid = [row[:n].astype(np.float64) for row, n in zip(x, LENGTHS, strict=True)]
+    mean, std = (np.array([f(v) if len(v) else 0.0 for v in valid], np.float32) for f in (np.mean, np.std))
+    by_hand = (x - mean[:, None]) / np.sqrt(std**2 + 1e-7)[:, None]
+    expected = jax.jit(lambda x: plain.apply({"params": params}, x, LENGTHS)[0])(by_hand)
+    np.testing.assert_allclose(run(x, None), expected, atol=2e-5)  # float32
+    np.testing.assert_allclose(run(x, (mean, std)), expected, atol=2e-5)
+    np.testing.assert_allclose(run(3 * x + 0.25, None), expected, atol=1e-4)  # the offset costs three bits
+    assert np.abs(run(x, (mean + 0.5, std)) - expected)[:2].max() > 0.1, "negative control: statistics are used"
 
 
 def test_unknown_norm_is_named():

@@ -46,29 +46,32 @@ def test_first_kernel_is_its_own_direction():
     K, D, G = 32, 64, 4
     module = ConvPositions(kernel=K, groups=G)
     x = jax.random.normal(jax.random.key(0), (2, 10, D))
-    params = module.init(jax.random.key(1), x)["params"]
-    v, gain = params["direction"], params["gain"]
+    y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x)
+    v, gain = (np.asarray(variables["params"][name]) for name in ("direction", "gain"))
     assert v.shape == (K, D // G, D) and gain.shape == (K, 1, 1)
     assert v.std() == pytest.approx(np.sqrt(4 / (K * D)), rel=0.02)  # 32768 draws
-    np.testing.assert_allclose(gain[:, 0, 0], np.linalg.norm(np.asarray(v).reshape(K, -1), axis=1), rtol=1e-6)
-    np.testing.assert_allclose(module.apply({"params": params}, x), gelu(grouped_conv(x, v, G)), atol=1e-6)
+    np.testing.assert_allclose(gain[:, 0, 0], np.linalg.norm(v.reshape(K, -1), axis=1), rtol=1e-6)
+    expected = jax.jit(lambda x, v: gelu(grouped_conv(x, v, G)))(x, v)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
-def test_gain_sets_the_size_of_a_tap_whatever_the_direction():
+def test_gain_sets_the_size_of_a_tap_whatever_the_direction(random_params):
     module = ConvPositions(kernel=3, groups=1)
     x = jax.random.normal(jax.random.key(0), (1, 5, 4))
-    params = module.init(jax.random.key(1), x)["params"]
-    base = module.apply({"params": params}, x)
-    np.testing.assert_allclose(module.apply({"params": params | {"direction": 7 * params["direction"]}}, x), base, atol=1e-6)
-    one_tap = params | {"gain": params["gain"].at[jnp.array([0, 2])].set(0.0)}
-    np.testing.assert_allclose(
-        module.apply({"params": one_tap}, x), gelu(x @ params["direction"][1]), atol=1e-6
-    )
+    params = random_params(module, x)
+    run = jax.jit(lambda p: module.apply({"params": p}, x))
+    base = run(params)
+    np.testing.assert_allclose(run(params | {"direction": 7 * params["direction"]}), base, atol=1e-6)
+    one_tap = run(params | {"gain": np.array([0, 1, 0], np.float32)[:, None, None]})
+    middle = np.asarray(params["direction"][1])
+    expected = jax.jit(gelu)(x @ (middle / np.linalg.norm(middle)) + params["bias"][None, None])
+    np.testing.assert_allclose(one_tap, expected, atol=1e-6)
+    assert np.abs(one_tap - base).max() > 0.1
 
 
-def test_a_zero_direction_has_finite_gradients():
+def test_a_zero_direction_has_finite_gradients(random_params):
     module = ConvPositions(kernel=3, groups=1)
     x = jnp.ones((1, 5, 4))
-    params = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(1), x)["params"])
-    gradient = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x)))(params)
+    params = jax.tree.map(np.zeros_like, random_params(module, x))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x))))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))

@@ -13,17 +13,30 @@ QUANTIZER = GumbelQuantizer(codebooks=G, codes=V, dim=DIM)
 
 
 @pytest.fixture(scope="module")
-def setting():
+def setting(random_params):
     """Parameters, input [N, WIDTH] and fixed Gumbel noise [N, G, V]."""
-    x = jax.random.normal(jax.random.key(0), (N, WIDTH))
-    params = QUANTIZER.init(jax.random.key(1), x, jnp.float32(1), train=False)["params"]
-    noise = jax.random.gumbel(jax.random.key(2), (N, G, V))
-    return params, x, noise
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(2 * rng.normal(size=(N, WIDTH)), jnp.float32)
+    noise = jnp.asarray(rng.gumbel(size=(N, G, V)), jnp.float32)
+    return random_params(QUANTIZER, x, jnp.float32(1), train=False), x, noise
+
+
+def apply(params, x, temperature, seed, train):
+    rngs = {"gumbel": jax.random.key(seed)}
+    return QUANTIZER.apply({"params": params}, x, temperature, train=train, rngs=rngs)
+
+
+jit_apply = jax.jit(apply, static_argnames="train")
 
 
 def quantize(params, x, temperature=1.0, *, train, seed=0):
-    rngs = {"gumbel": jax.random.key(seed)} if train else {}
-    return QUANTIZER.apply({"params": params}, x, jnp.float32(temperature), train=train, rngs=rngs)
+    return jit_apply(params, x, jnp.float32(temperature), seed, train)
+
+
+def quantize_with(noise, monkeypatch):
+    """`quantize` in training with this noise instead of drawn noise."""
+    monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: noise)
+    return lambda params, x, temperature: apply(params, x, jnp.float32(temperature), 0, True)
 
 
 def logits_of(params, x) -> np.ndarray:
@@ -56,8 +69,7 @@ def test_evaluation_takes_the_likeliest_codeword_of_each_codebook(setting):
 
 def test_training_chooses_by_noise_but_returns_codewords_and_noiseless_probabilities(setting, monkeypatch):
     params, x, noise = setting
-    monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: noise)
-    out = quantize(params, x, 2.0, train=True)
+    out = jax.jit(quantize_with(noise, monkeypatch))(params, x, 2.0)
     np.testing.assert_array_equal(out.codes, soft_choice(params, x, noise, 2.0).argmax(axis=-1))
     assert (np.asarray(out.codes) != logits_of(params, x).argmax(axis=-1)).any(), "the noise must matter"
     np.testing.assert_array_equal(out.vectors, look_up(params, out.codes))
@@ -67,11 +79,11 @@ def test_training_chooses_by_noise_but_returns_codewords_and_noiseless_probabili
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_gradient_is_that_of_the_soft_choice(setting, monkeypatch, temperature):
     params, x, noise = setting
-    monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: noise)
+    choose = quantize_with(noise, monkeypatch)
     weight = np.random.default_rng(0).normal(size=(N, DIM))
 
     def hard(x):
-        return jnp.sum(quantize(params, x, temperature, train=True).vectors * jnp.asarray(weight, jnp.float32))
+        return jnp.sum(choose(params, x, temperature).vectors * jnp.asarray(weight, jnp.float32))
 
     def soft(x, temperature):
         choice = soft_choice(params, x, noise, temperature)
@@ -86,7 +98,7 @@ def test_gradient_is_that_of_the_soft_choice(setting, monkeypatch, temperature):
             gradient[i] = (soft(point + shift, temperature) - soft(point - shift, temperature)) / (2 * step)
         return gradient
 
-    ours, expected = np.asarray(jax.grad(hard)(x)), finite_differences(temperature)
+    ours, expected = np.asarray(jax.jit(jax.grad(hard))(x)), finite_differences(temperature)
     scale = np.abs(expected).max()
     assert scale > 0.01
     np.testing.assert_allclose(ours, expected, atol=1e-5 * scale)  # float32
@@ -95,9 +107,9 @@ def test_gradient_is_that_of_the_soft_choice(setting, monkeypatch, temperature):
 
 def test_gradient_of_the_codebook_goes_to_the_chosen_codewords(setting, monkeypatch):
     params, x, noise = setting
-    monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: noise)
-    loss = lambda p: jnp.sum(quantize(p, x, 2.0, train=True).vectors)  # noqa: E731
-    gradient = np.asarray(jax.grad(loss)(params)["codebook"])
+    choose = quantize_with(noise, monkeypatch)
+    loss = lambda p: jnp.sum(choose(p, x, 2.0).vectors)  # noqa: E731
+    gradient = np.asarray(jax.jit(jax.grad(loss))(params)["codebook"])
     codes = soft_choice(params, x, noise, 2.0).argmax(axis=-1)
     expected = np.stack([np.bincount(codes[:, g], minlength=V) for g in range(G)])
     np.testing.assert_allclose(gradient, np.broadcast_to(expected[..., None], gradient.shape), atol=1e-6)
@@ -126,7 +138,7 @@ def test_noise_follows_the_key(setting):
 
 def test_float32_whatever_comes_in(setting):
     params, x, _ = setting
-    out = quantize(params, x.astype(jnp.bfloat16), train=True)
+    out = jax.eval_shape(lambda: quantize(params, x.astype(jnp.bfloat16), train=True))
     assert out.vectors.dtype == out.probs.dtype == jnp.float32
 
 
@@ -141,7 +153,7 @@ def test_perplexity_gradient():
     p = np.array([0.5, 0.25, 0.125, 0.125])
     entropy = -np.sum(p * np.log(p))
     expected = -np.exp(entropy) * (np.log(p) + 1)
-    np.testing.assert_allclose(jax.grad(perplexity)(jnp.asarray(p, jnp.float32)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(perplexity))(jnp.asarray(p, jnp.float32)), expected, rtol=1e-5)
 
 
 def test_perplexity_gradient_is_finite_where_a_code_has_probability_zero():
@@ -152,13 +164,14 @@ def test_perplexity_gradient_is_finite_where_a_code_has_probability_zero():
 
     logits = jnp.array([0.0, 1.0, -200.0])
     assert jax.nn.softmax(logits)[2] == 0
-    gradient = np.asarray(jax.grad(through_softmax)(logits))
-    np.testing.assert_allclose(gradient[:2], jax.grad(through_softmax)(logits[:2]), rtol=1e-5)
+    slope = jax.jit(jax.grad(through_softmax))
+    gradient = np.asarray(slope(logits))
+    np.testing.assert_allclose(gradient[:2], slope(logits[:2]), rtol=1e-5)
     assert gradient[2] == 0
 
 
 @pytest.mark.parametrize("probs", [np.zeros(V), np.eye(V)[0]], ids=["nothing masked", "one code"])
 def test_perplexity_is_finite_at_the_edges(probs):
-    value, gradient = jax.value_and_grad(perplexity)(jnp.asarray(probs, jnp.float32))
+    value, gradient = jax.jit(jax.value_and_grad(perplexity))(jnp.asarray(probs, jnp.float32))
     assert value == 1
     assert np.isfinite(gradient).all()
