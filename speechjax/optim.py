@@ -49,7 +49,7 @@ def make_optimizer(
 def _decay(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
     """Adds rate * parameter to the update, the rate by path."""
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         rates = map_rules(rules, params, "weight_decay")
         return jax.tree.map(lambda u, p, rate: u + rate * p, updates, params, rates), state
 

@@ -256,7 +256,8 @@ def test_claiming_writes_the_resolved_config(tmp_path):
 
 def test_the_same_experiment_may_go_on(tmp_path):
     """Tuples come back from JSON as lists; that is no difference."""
-    assert isinstance(load(TINY).model.frontend.channels, tuple)
+    config: Any = load(TINY)
+    assert isinstance(config.model.frontend.channels, tuple)
     for _ in range(3):
         claim_workdir(tmp_path, load(TINY))
 

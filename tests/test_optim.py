@@ -1,6 +1,7 @@
 """The optimizer against closed forms and against AdamW written out in numpy."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def test_schedule_of_a_run_shorter_than_its_warmup_only_rises():
 
 def test_published_base_recipe():
     """Section 4.2 of the paper: Adam, peak 5e-4, warm-up over 8 % of 400 k updates, then linearly to zero."""
-    base = config.load(f"{REPO}/configs/pretrain/wav2vec2.py:size=base")
+    base: Any = config.load(f"{REPO}/configs/pretrain/wav2vec2.py:size=base")
     _, rate = make_optimizer(steps=base.train.steps, **base.optim)
     assert base.train.steps == 400_000
     found = values(rate, 0, 16_000, 32_000, 216_000, 400_000)

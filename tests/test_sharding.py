@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_rules_choose_by_path_and_must_cover_everything():
 @functools.cache
 def abstract_state(size):
     """Shapes of the whole training state of one config, on a mesh (2, 2)."""
-    settings = config.load(f"{REPO}/configs/pretrain/wav2vec2.py:{size}")
+    settings: Any = config.load(f"{REPO}/configs/pretrain/wav2vec2.py:{size}")
     task = config.make_task(settings)
     tx, _ = make_optimizer(steps=settings.train.steps, **settings.optim)
     mesh = make_mesh(data=-1, fsdp=2)

@@ -56,7 +56,7 @@ def read_rows(records: Records, part: np.ndarray, rows: Rows, host: int = 0, hos
     example, start, count = rows.example[mine], rows.start[mine], rows.count[mine]
     audio = np.zeros((share, rows.shape.samples), np.int16)
     for r in np.flatnonzero(example >= 0):
-        audio[r, : count[r]] = records.read(part[example[r]], start[r], count[r])
+        audio[r, : count[r]] = records.read(int(part[example[r]]), int(start[r]), int(count[r]))
     at = part[np.maximum(example, 0)]
     return dict(audio=audio, lengths=count.astype(np.int32), mean=records.mean[at], std=records.std[at])
 

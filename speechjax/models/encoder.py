@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         if self.remat:
             # Scan already keeps XLA from merging the recomputation with the original.
             layer_class = nn.remat(TransformerLayer, static_argnums=(3,), prevent_cse=not self.scan)
-        options = dict(
+        options: dict[str, Any] = dict(
             heads=self.heads, mlp=self.mlp, norm=self.norm, dropout=self.dropout, dtype=self.dtype,
             attention_dropout=self.attention_dropout, activation_dropout=self.activation_dropout,
             layerdrop=self.layerdrop,
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             length=self.layers,
         )
         last, states = stack(layer_class(**options, name="layers"), x, None)
-        return last, [x, *jnp.unstack(states)] if hidden else []
+        return last, [x, *states] if states is not None else []
 
 
 class Encoded(NamedTuple):

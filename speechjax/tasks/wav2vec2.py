@@ -100,7 +100,7 @@ class Wav2Vec2(nn.Module):
         features = self.encoder.feature_norm(features)
 
         mask_key, negative_key = jax.random.split(self.make_rng("mask"))
-        masking = dict(prob=self.mask_prob, span=self.mask_span)
+        masking: dict[str, Any] = dict(prob=self.mask_prob, span=self.mask_span)
         mask = span_mask(mask_key, lengths, T, **masking)
         positions, valid = masked_slots(mask, max_masked(T, **masking))
         at_slots = lambda x: jnp.take_along_axis(x, positions[..., None], axis=1)  # noqa: E731

@@ -118,6 +118,17 @@ def test_more_shapes_never_pad_more_and_do_help_here():
     assert costs[3] < 0.7 * costs[0]
 
 
+def test_a_large_corpus_is_planned_nearly_as_well_as_from_every_length():
+    """Only 65 quantiles are tried there; the control is one shape, which pads far more."""
+    lengths = np.random.default_rng(0).gamma(2, 30_000, 5000).astype(int) + 4000
+    layout = dict(crop=160_000, batch_samples=10**6, row_multiple=4, quantum=320, offset=80)
+    cropped = np.minimum(lengths, 160_000)
+    bounds = np.array(candidates(np.unique(-(-cropped // 3200) * 3200), 160_000, 320, 80))
+    best = cost(cropped, _least_padding(bounds, np.searchsorted(np.sort(cropped), bounds, side="right"), 4))
+    found = cost(cropped, [s.samples for s in plan_shapes(lengths, shapes=4, **layout)])
+    assert found < 1.02 * best < 0.7 * cost(cropped, [s.samples for s in plan_shapes(lengths, shapes=1, **layout)])
+
+
 def test_published_front_end_gives_whole_frames():
     """400 samples for the first frame and 320 for every other: n frames take 320 n + 80 samples."""
     (shape,) = plan_shapes(

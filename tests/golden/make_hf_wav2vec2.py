@@ -14,8 +14,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 SEED = 20
 TINY = dict(
-    conv_dim=[12] * 7, conv_kernel=[10, 3, 3, 3, 3, 2, 2], conv_stride=[5, 2, 2, 2, 2, 2, 2],
-    num_feat_extract_layers=7, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+    conv_dim=[16] * 4, conv_kernel=[10, 3, 3, 2], conv_stride=[5, 2, 2, 2], num_feat_extract_layers=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
     num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, num_codevectors_per_group=6,
     num_codevector_groups=2, codevector_dim=16, proj_codevector_dim=10, num_negatives=7,
     contrastive_logits_temperature=0.1, diversity_loss_weight=0.1, hidden_dropout=0.0, attention_dropout=0.0,
@@ -23,8 +22,8 @@ TINY = dict(
 )  # fmt: skip
 KINDS = {
     # Their group norm runs over padding too, so that kind is compared without any.
-    "group": dict(feat_extract_norm="group", conv_bias=False, do_stable_layer_norm=False, lengths=[6000, 6000]),
-    "layer": dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True, lengths=[6000, 4100]),
+    "group": dict(feat_extract_norm="group", conv_bias=False, do_stable_layer_norm=False, lengths=[1000, 1000]),
+    "layer": dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True, lengths=[1000, 700]),
 }
 
 

@@ -10,13 +10,13 @@ from scipy import special
 from speechjax.models.frontend import GroupNormConv, WaveformExtractor, conv_out_len, strided_conv, windows
 
 SHAPE = dict(channels=(8, 8, 8), kernels=(10, 3, 2), strides=(5, 2, 2))
-LENGTHS = jnp.array([400, 263, 0], jnp.int32)
+LENGTHS = np.array([400, 263, 0], np.int32)
 
 
 @pytest.fixture(scope="module")
-def audio() -> jax.Array:
+def audio() -> np.ndarray:
     """int16 [3, 400], noise in the padding too."""
-    return jax.random.randint(jax.random.key(0), (3, 400), -9000, 9000).astype(jnp.int16)
+    return np.random.default_rng(0).integers(-9000, 9000, (3, 400)).astype(np.int16)
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(16000, 49), (250000, 781), (320000, 999), (399, 0), (400, 1), (0, 0)])
@@ -26,13 +26,13 @@ def test_out_len(samples, frames):
 
 
 def test_out_len_is_what_comes_out():
-    for samples in (23, 24, 25, 60, 61):
-        front = WaveformExtractor(**SHAPE)
-        shape = jax.eval_shape(
-            lambda a: front.init_with_output(jax.random.key(0), a, jnp.array([a.shape[1]], jnp.int32))[0],  # noqa: B023
-            jnp.zeros((1, samples)),
-        )
-        assert shape[0].shape == (1, front.out_len(samples), 8)
+    front = WaveformExtractor(**SHAPE)
+
+    def frames(audio):
+        return front.init_with_output(jax.random.key(0), audio, jnp.array([audio.shape[1]], jnp.int32))[0][0]
+
+    for samples in (30, 31, 59, 60, 61):
+        assert jax.eval_shape(frames, jnp.zeros((1, samples))).shape == (1, front.out_len(samples), 8)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_windows_are_the_windows(kernel, stride, samples):
 
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2)])
 def test_strided_conv_equals_the_library(kernel, stride):
-    x = jax.random.normal(jax.random.key(0), (2, 41, 3))
-    w = jax.random.normal(jax.random.key(1), (kernel, 3, 4))
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 41, 3), (kernel, 3, 4)))
     library = lambda x, w: lax.conv_general_dilated(  # noqa: E731
         x, w, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
@@ -74,8 +74,8 @@ def plain_group_norm(x, kernel, scale, offset, lengths, stride):
 @pytest.mark.parametrize("offset", [0.0, 0.5], ids=["centred", "direct current"])
 def test_folded_group_norm_equals_conv_then_norm(audio, random_params, offset):
     K, stride, C = 10, 5, 8
-    x = audio[:2].astype(jnp.float32)[..., None] / 32768 + offset
-    valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
+    x = (audio[:2, :, None] / 32768 + offset).astype(np.float32)
+    valid = (LENGTHS[:2] - K) // stride + 1
     module = GroupNormConv(C, K, stride)
     params = random_params(module, x, valid)
     ours = np.asarray(jax.jit(module.apply)({"params": params}, x, valid))
@@ -94,11 +94,11 @@ def test_folded_group_norm_equals_conv_then_norm(audio, random_params, offset):
 
 def test_folded_group_norm_has_the_gradient_of_the_plain_one(audio, random_params):
     K, stride, C = 10, 5, 4
-    x = audio[:2].astype(jnp.float32)[..., None] / 32768
-    valid = conv_out_len(LENGTHS[:2], (K,), (stride,))
+    x = (audio[:2, :, None] / 32768).astype(np.float32)
+    valid = (LENGTHS[:2] - K) // stride + 1
     module = GroupNormConv(C, K, stride)
     params = random_params(module, x, valid)
-    weight = jax.random.normal(jax.random.key(2), (2, 79, C))
+    weight = np.random.default_rng(2).normal(size=(2, 79, C)).astype(np.float32)
 
     def plain(params, x):
         y = lax.conv_general_dilated(x, params["kernel"], (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
@@ -129,17 +129,18 @@ def test_frames_ignore_padding_and_end_with_the_utterance(extractor, audio):
     np.testing.assert_array_equal(lengths, [19, 12, 0])
     inside = np.arange(frames.shape[1])[None] < lengths[:, None]
     assert (np.asarray(frames)[~inside] == 0).all() and np.isfinite(frames).all()
-    noisy = jnp.where(jnp.arange(400)[None] < LENGTHS[:, None], audio, -audio[::-1])
+    noisy = np.where(np.arange(400) < LENGTHS[:, None], audio, -audio[::-1])
     np.testing.assert_array_equal(frames, extractor(noisy, LENGTHS)[0])
-    changed = extractor(audio.at[1, 262].add(9000), LENGTHS)[0]
+    audio = audio.copy()
+    audio[1, 200] += 9000
+    changed = extractor(audio, LENGTHS)[0]
     np.testing.assert_array_equal(changed[0], frames[0])
-    changed = extractor(audio.at[1, 250].add(9000), LENGTHS)[0]
     assert np.abs(changed - frames)[1].max() > 1e-2, "negative control: a valid sample"
 
 
 def test_int16_is_float_over_32768(extractor, audio):
     ours = extractor(audio, LENGTHS)[0]
-    np.testing.assert_array_equal(ours, extractor(audio.astype(jnp.float32) / 32768, LENGTHS)[0])
+    np.testing.assert_array_equal(ours, extractor(audio.astype(np.float32) / 32768, LENGTHS)[0])
 
 
 def test_normalised_waveform(audio, random_params):

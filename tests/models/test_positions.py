@@ -20,7 +20,7 @@ def library_conv(x, kernel, left):
 
 
 @pytest.mark.parametrize(
-    ("frames", "kernel", "per_row"), [(1, 1, 4), (3, 16, 4), (21, 6, 4), (21, 6, 1), (22, 31, 4), (50, 7, 4)]
+    ("frames", "kernel", "per_row"), [(3, 16, 4), (21, 6, 4), (5, 6, 1), (22, 31, 4)]
 )
 def test_grouped_conv_equals_the_library(frames, kernel, per_row):
     keys = jax.random.split(jax.random.key(frames), 3)

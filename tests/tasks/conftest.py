@@ -10,12 +10,12 @@ from speechjax.tasks.wav2vec2 import Wav2Vec2
 
 BASE = dict(
     frontend=dict(name="waveform", channels=(32, 32, 32), kernels=(10, 3, 2), strides=(5, 2, 2), norm="group"),
-    width=64, layers=2, heads=4, mlp=96, norm="post", positions=dict(kernel=6, groups=4), dropout=0.0,
+    width=64, layers=1, heads=4, mlp=96, norm="post", positions=dict(kernel=6, groups=4), dropout=0.0,
     attention_dropout=0.0, activation_dropout=0.0, input_dropout=0.0, layerdrop=0.0, scan=False, remat=False,
     dtype="float32",
 )  # fmt: skip
 LARGE = dict(
-    frontend=BASE["frontend"] | dict(norm="layer", bias=True, normalize=True), norm="pre", scan=True, remat=True
+    frontend=BASE["frontend"] | dict(norm="layer", bias=True, normalize=True), norm="pre", layers=2, scan=True, remat=True
 )  # fmt: skip
 
 
