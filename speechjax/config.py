@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from speechjax.errors import UserError
+
+log = logging.getLogger("speechjax")
 
 
 def parse_arg(arg: str, **allowed: Any) -> dict[str, Any]:
@@ -196,6 +199,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         if changed:
             shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
             raise UserError(f"{workdir} holds another experiment ({shown}); use a new --workdir")
+        for k in sorted(free):
+            if old.get(k, new[k]) != new[k]:
+                log.info("%s: %r -> %r since the last start", k, old[k], new[k])
     workdir.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
     scratch.write_text(json.dumps(mine, indent=2) + "\n")

@@ -3,3 +3,11 @@
 
 class UserError(Exception):
     """A mistake of the user's; verbs print its one line and exit 1, without a traceback."""
+
+
+class TooManyRejected(UserError):
+    """More of a source is unusable than allowed; `rejected` lists it, one {"id", "reason"} a recording."""
+
+    def __init__(self, message: str, rejected: list[dict[str, str]]):
+        super().__init__(message)
+        self.rejected = rejected

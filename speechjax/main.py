@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from speechjax.errors import UserError
+from speechjax.errors import TooManyRejected, UserError
 
 log = logging.getLogger("speechjax")
 
@@ -64,13 +64,24 @@ def run(argv: Sequence[str] | None) -> int:
     from speechjax.train import train
 
     frame = configs.make_task(config).encoder.frame_len()
-    data = pipeline.open_data(
-        seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
-    )
-    if jax.process_index() == 0:
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in data.records.rejected]
-        (args.workdir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    try:
+        data = pipeline.open_data(
+            seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
+        )
+    except TooManyRejected as error:
+        _write_rejected(args.workdir, error.rejected)
+        raise
+    _write_rejected(args.workdir, data.records.rejected)
     return train(config, data, args.workdir)
+
+
+def _write_rejected(workdir: Path, rejected: list[dict[str, str]]) -> None:
+    """`rejected.jsonl`: every recording left out, and why; each host finds the same."""
+    import jax
+
+    if jax.process_index() == 0:
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected]
+        (workdir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 1
         if _full_disk(error):
             log.error("error: no space left on the disk; free some and give the same command again, it resumes")
+        elif isinstance(error, OSError) and error.filename:
+            log.error("error: %s: %s", error.filename, error.strerror)
         else:
             traceback.print_exc()
     sys.stdout.flush()

@@ -50,6 +50,11 @@ def state_sharding(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, str]] = RUL
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device: what every process may fetch."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows become its part of the global arrays, split over the mesh's data axes."""
     place = NamedSharding(mesh, BATCH)

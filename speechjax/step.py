@@ -70,9 +70,10 @@ def train_step(
         return sum(ratio(pair) for pair in losses.values()), {**losses, **metrics}
 
     (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers; the rest here is strict
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     extra = task.after_step(params, state.extra, state.step)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
@@ -107,8 +108,11 @@ def compile_steps(
     task: Any, tx: Any, mesh: Any, state: Any, shapes: Sequence[Any], *, seed: int, log_every: int
 ) -> dict[tuple[int, int], Any]:
     """The train step compiled for every batch shape, before step 0: {(rows, samples): program}."""
-    step = jax.jit(functools.partial(train_step, task, tx, seed, log_every), donate_argnums=0,
-                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))  # fmt: skip
+    step = jax.jit(
+        functools.partial(train_step, task, tx, seed, log_every),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+    )
     programs = {}
     for shape in shapes:
         start = time.monotonic()

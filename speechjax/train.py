@@ -132,9 +132,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         with Logs(workdir, total_steps=schedule.steps, start_step=start, enabled=first) as logs:
             job = Job(task, config, data, mesh, workdir, logs)
             shapes = data.shapes if start < schedule.steps else []
-            programs = compile_steps(
-                task, tx, mesh, abstract, shapes, seed=schedule.seed, log_every=schedule.log_every
-            )
+            programs = compile_steps(task, tx, mesh, abstract, shapes, seed=schedule.seed, log_every=schedule.log_every)
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
             log.info("report: %s", write_report(workdir))

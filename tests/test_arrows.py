@@ -81,10 +81,10 @@ def in_rooms(*rooms: str) -> list[str]:
 
 
 def outside(name: str, allowed: set[str]) -> set[str]:
-    """What a module imports that is neither allowed nor of the standard library."""
+    """What a module imports that is neither allowed nor of the standard library; `errors` is everyone's."""
     found = imports(modules()[name])
     own = {f"speechjax.{room(n)}" for n in found if top(n) == "speechjax"}
-    return (own | {top(n) for n in found if top(n) != "speechjax"}) - allowed - STDLIB
+    return (own | {top(n) for n in found if top(n) != "speechjax"}) - allowed - {"speechjax.errors"} - STDLIB
 
 
 # ---- static

@@ -123,9 +123,7 @@ def test_what_is_due_is_saved_and_the_newest_are_kept(tmp_path):
     state = make_state(1)
     with opened(tmp_path / "c", keep=2, every=3) as checkpoints:
         assert checkpoints.save(3, state, {})
-        assert [checkpoints.save(step, state, {}) for step in range(4, 11)] == [
-            step % 3 == 0 for step in range(4, 11)
-        ]
+        assert [checkpoints.save(step, state, {}) for step in range(4, 11)] == [step % 3 == 0 for step in range(4, 11)]
         assert not checkpoints.save(9, state, {}, force=True)  # is there already
         assert checkpoints.save(11, state, {}, force=True)
         checkpoints.wait()
@@ -296,10 +294,13 @@ def test_wrong_digest_in_meta_falls_back(folder, caplog):
 def test_leftovers_of_a_crashed_writer_are_ignored(folder):
     for name in ("4.orbax-checkpoint-tmp-1700000000", "5.broken", "notes"):
         shutil.copytree(folder / "3", folder / name)
-    state, meta = restore(folder)
-    assert meta["step"] == 3
-    assert_equal(state, make_state(3))
-    assert {p.name for p in folder.iterdir()} == {"1", "2", "3", "5.broken", "notes"}
+    with opened(folder) as checkpoints:
+        found = checkpoints.restore(like(make_state(0)))
+        assert found is not None
+        assert found[1]["step"] == checkpoints.latest_step() == 3
+        assert_equal(found[0], make_state(3))
+        assert checkpoints.save(4, make_state(4), {})  # saving waits for the sweep, which runs in the background
+    assert {p.name for p in folder.iterdir()} == {"2", "3", "4", "5.broken", "notes"}
 
 
 def test_a_full_disk_is_reported(tmp_path):
@@ -339,6 +340,20 @@ def test_every_single_bit_counts(kind):
         assert digest([jnp.asarray(np.frombuffer(data, kind))]) != whole
 
 
+def plain_sum(values):
+    """The control: to a sum of the words the order is nothing."""
+    return int(np.asarray(values, np.float32).view(np.uint32).sum(dtype=np.uint32))
+
+
+def test_weights_that_change_places_are_seen():
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    for i, j in [(0, 1), (0, 99), (31, 63), (98, 99)]:
+        swapped = values.copy()
+        swapped[[i, j]] = swapped[[j, i]]
+        assert plain_sum(swapped) == plain_sum(values)
+        assert digest_of(swapped) != digest_of(values)
+
+
 weak_digest = pytest.mark.xfail(strict=True, reason="a weighted sum does not see changes that are multiples of 2**31")
 
 
@@ -350,9 +365,7 @@ def test_swapped_values_are_seen(values, i, j):
     before = np.asarray(values, np.float32)
     swapped = before.copy()
     swapped[[i, j]] = swapped[[j, i]]
-    # The control: to a plain sum of the words the order is nothing.
-    plain = lambda x: int(x.view(np.uint32).sum(dtype=np.uint32))  # noqa: E731
-    assert plain(swapped) == plain(before)
+    assert plain_sum(swapped) == plain_sum(before)
     assert (digest_of(swapped) == digest_of(before)) == (swapped.tobytes() == before.tobytes())
 
 

@@ -145,7 +145,7 @@ def test_later_overrides_win_and_nothing_else_changes():
         ("trian.steps=5", ["the config has no 'trian'", "allowed: data, evals, mesh, model, optim, task, train"]),
         ("model.frontend.kernel=3", ["model.frontend has no 'kernel'", "kernels"]),
         ("train.steps.more=5", ["train.steps has no 'more'"]),
-        ("train.steps=many", ["train.steps=many", "expected int (now 5000), got str"]),
+        ("train.steps=many", ["train.steps=many", "expected int (now ", "), got str"]),
         ("train.steps=1.5", ["expected int", "got float"]),
         ("train.steps=true", ["expected int", "got bool"]),
         ("model.scan=1", ["expected bool", "got int"]),

@@ -188,13 +188,16 @@ def test_bad_files_are_listed_and_cost_nothing_else(cache, recordings, tmp_path)
     options = (f"data.source=folder:{folder}", "data.max_bad_share=0.5", "data.min_seconds=0.25")
     code, output = run(cache, tmp_path / "run", *options)
     assert code == 0, output
-    rejected = {e["id"]: e["reason"] for e in map(json.loads, (tmp_path / "run/rejected.jsonl").read_text().splitlines())}
+    rejected = {
+        e["id"]: e["reason"] for e in map(json.loads, (tmp_path / "run/rejected.jsonl").read_text().splitlines())
+    }
     assert set(rejected) == {"text.wav", "empty.flac", "nan.wav", "short.wav"}
     assert "4 rejected" in output
 
     code, output = run(cache, tmp_path / "strict", *options, "data.max_bad_share=0.05")
     assert code == 1
     assert "max_bad_share" in one_line_error(output)
+    assert len((tmp_path / "strict/rejected.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("what", ["workdir", "cache"])

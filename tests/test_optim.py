@@ -151,9 +151,7 @@ def test_every_parameter_needs_a_decay_rule():
 
 def test_moments_are_float32_and_the_first_rate_is_that_of_step_zero():
     params, grad, *_ = trees()
-    tx, rate = make_optimizer(
-        steps=10, learning_rate=1.0, warmup=5, weight_decay=((".*", 0.1),), clip_norm=0.0, **ADAM
-    )
+    tx, rate = make_optimizer(steps=10, learning_rate=1.0, warmup=5, weight_decay=((".*", 0.1),), clip_norm=0.0, **ADAM)
     state = tx.init(params)
     kinds = {x.dtype for x in jax.tree.leaves(state) if x.ndim}
     assert kinds == {jnp.dtype("float32")}

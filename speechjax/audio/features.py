@@ -30,22 +30,21 @@ _LOG_STEP = math.log(6.4) / 27.0
 
 
 def out_len(samples: int, hop: int = 160) -> int:
-    """Number of frames of `samples` samples (a static count): one at every multiple of the hop, both ends included."""
+    """Number of frames of `samples` samples (a static count): one at each multiple of the hop, ends included."""
     return samples // hop + 1 if samples > 0 else 0
 
 
-def stft(
-    audio: jax.Array, lengths: jax.Array, *, n_fft: int = 400, hop: int = 160
-) -> tuple[jax.Array, jax.Array]:
+def stft(audio: jax.Array, lengths: jax.Array, *, n_fft: int = 400, hop: int = 160) -> tuple[jax.Array, jax.Array]:
     """Short-time Fourier transform of the valid samples.
 
     audio: [B, S], float in [-1, 1] or int16 PCM. lengths: [B] int32, samples.
     Returns complex [B, T, n_fft // 2 + 1] with T = `out_len(S, hop)`, and [B] int32 frames.
     """
     signal = _valid_samples(audio, lengths)
-    frames = _frames(jnp.pad(signal, ((0, 0), (n_fft // 2, n_fft - n_fft // 2))), out_len(audio.shape[1], hop), n_fft, hop)
+    padded = jnp.pad(signal, ((0, 0), (n_fft // 2, n_fft - n_fft // 2)))
+    index = np.arange(out_len(audio.shape[1], hop))[:, None] * hop + np.arange(n_fft)[None]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
-    spectrum = jnp.fft.rfft(frames * jnp.asarray(hann, signal.dtype)[None, None])
+    spectrum = jnp.fft.rfft(padded[:, index] * jnp.asarray(hann, signal.dtype)[None, None])
     n_frames = jnp.where(lengths > 0, lengths // hop + 1, 0)
     return _zero_padding(spectrum, n_frames), n_frames
 
@@ -88,16 +87,13 @@ def mfcc(
     audio: [B, S], float in [-1, 1] or int16 PCM. lengths: [B] int32, samples.
     Returns [B, T, n_mfcc] and [B] int32 frames. Raises what `log_mel` raises.
     """
-    decibel, n_frames = log_mel(
-        audio, lengths, sample_rate=sample_rate, n_fft=n_fft, hop=hop, n_mels=n_mels
-    )
+    decibel, n_frames = log_mel(audio, lengths, sample_rate=sample_rate, n_fft=n_fft, hop=hop, n_mels=n_mels)
     # Padded frames are zero in dB and so stay zero under a linear map.
-    return jnp.dot(decibel, jnp.asarray(dct_matrix(n_mels, n_mfcc), decibel.dtype), precision=_EXACT), n_frames
+    dct = jnp.asarray(dct_matrix(n_mels, n_mfcc), decibel.dtype)
+    return jnp.dot(decibel, dct, precision=_EXACT), n_frames
 
 
-def deltas(
-    features: jax.Array, lengths: jax.Array, *, width: int = 9, order: int = 1
-) -> tuple[jax.Array, jax.Array]:
+def deltas(features: jax.Array, lengths: jax.Array, *, width: int = 9, order: int = 1) -> tuple[jax.Array, jax.Array]:
     """Time derivative of the given order, per frame: a polynomial of that degree fitted to `width` frames.
 
     features: [B, T, F]. lengths: [B] int32, frames. Returns [B, T, F] and the lengths.
@@ -108,12 +104,14 @@ def deltas(
     if width % 2 == 0 or width <= order:
         raise ValueError(f"deltas need an odd width above the order {order}, not {width}")
     half, n_frames = width // 2, features.shape[1]
-    taps = np.linalg.pinv(np.vander(np.arange(-half, half + 1), order + 1, increasing=True))[order] * math.factorial(order)
+    fit = np.linalg.pinv(np.vander(np.arange(-half, half + 1), order + 1, increasing=True))
+    taps = fit[order] * math.factorial(order)
     padded = jnp.pad(features, ((0, 0), (half, half), (0, 0)))
-    slopes = sum(
-        (float(tap) * padded[:, lag : lag + n_frames] for lag, tap in enumerate(taps)), jnp.zeros_like(features)
-    )
-    centre = jnp.clip(jnp.arange(n_frames)[None], half, jnp.maximum(lengths - 1 - half, half)[:, None])
+    slopes = jnp.zeros_like(features)
+    for lag, tap in enumerate(taps):
+        slopes = slopes + float(tap) * padded[:, lag : lag + n_frames]
+    last_whole = jnp.maximum(lengths - 1 - half, half)[:, None]
+    centre = jnp.clip(jnp.arange(n_frames, dtype=lengths.dtype)[None], half, last_whole)
     slopes = jnp.take_along_axis(slopes, jnp.minimum(centre, n_frames - 1)[:, :, None], axis=1)
     return _zero_padding(slopes, jnp.where(lengths >= width, lengths, 0)), lengths
 
@@ -154,16 +152,11 @@ def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
 def _valid_samples(audio: jax.Array, lengths: jax.Array) -> jax.Array:
     if audio.dtype == jnp.int16:
         audio = audio.astype(jnp.float32) / 32768.0
-    return jnp.where(jnp.arange(audio.shape[1])[None] < lengths[:, None], audio, 0.0)
-
-
-def _frames(signal: jax.Array, count: int, size: int, hop: int) -> jax.Array:
-    index = np.arange(count)[:, None] * hop + np.arange(size)[None]
-    return signal[:, index]
+    return jnp.where(jnp.arange(audio.shape[1], dtype=lengths.dtype)[None] < lengths[:, None], audio, 0.0)
 
 
 def _mask(features: jax.Array, lengths: jax.Array) -> jax.Array:
-    return (jnp.arange(features.shape[1])[None] < lengths[:, None])[:, :, None]
+    return (jnp.arange(features.shape[1], dtype=lengths.dtype)[None] < lengths[:, None])[:, :, None]
 
 
 def _zero_padding(features: jax.Array, lengths: jax.Array) -> jax.Array:

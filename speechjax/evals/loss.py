@@ -1,5 +1,6 @@
 """The task's own losses and metrics on the held-out split."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ class Loss:
         self.job, self.every = job, every
         seed = job.config.train.seed + 1
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(job.mesh))
         def sums(params, extra, batch, step, number):
             rngs = stream_keys(job.task, seed, number)
             losses, metrics = job.task.apply({"params": params, **extra}, batch, step=step, train=False, rngs=rngs)

@@ -1,5 +1,6 @@
 """A picture of one held-out recording: log-mel with mask, true and predicted codes, and the audio it shows."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from speechjax import sharding
 from speechjax.audio.features import log_mel
 from speechjax.models.frontend import as_float
+from speechjax.pictures import mask_picture
 from speechjax.step import stream_keys
 from speechjax.train import Job
 
@@ -19,10 +21,10 @@ class Picture:
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every
         # The last held-out batch has the longest shape; its first row is never empty.
-        *_, self._batch = job.data.valid_batches()
+        *_, self._batch = job.data.valid_batches(jax.process_index(), jax.process_count())
         seed = job.config.train.seed + 1
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(job.mesh))
         def predict(params, extra, batch, step):
             rngs = stream_keys(job.task, seed, jnp.int32(0))
             out = job.task.apply({"params": params, **extra}, batch, step=step, rngs=rngs, method="predict")
@@ -32,8 +34,6 @@ class Picture:
         self._predict = predict
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
-        from speechjax.pictures import mask_picture
-
         batch = sharding.global_batch(self.job.mesh, self._batch)
         out = jax.device_get(self._predict(params, extra, batch, jnp.int32(step)))
         frames, samples = int(out["lengths"]), int(self._batch["lengths"][0])

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from speechjax import sharding
 from speechjax.data.pipeline import SAMPLE_RATE, read_rows
@@ -58,7 +57,7 @@ class Probe:
             encoded = job.task.apply({"params": params, **extra}, batch, method="features")
             return jnp.concatenate([mean_and_std(h, encoded.lengths) for h in encoded.hidden], axis=-1)
 
-        self._pooled = jax.jit(pooled, out_shardings=NamedSharding(job.mesh, PartitionSpec()))
+        self._pooled = jax.jit(pooled, out_shardings=sharding.replicated(job.mesh))
 
     def _open(self, source: str, pattern: str) -> Labelled:
         data = self.job.config.data

@@ -14,7 +14,8 @@ import numpy as np
 FOLDER = Path(__file__).parent
 SEED = 20
 TINY = dict(
-    conv_dim=[16] * 4, conv_kernel=[10, 3, 3, 2], conv_stride=[5, 2, 2, 2], num_feat_extract_layers=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+    conv_dim=[16] * 4, conv_kernel=[10, 3, 3, 2], conv_stride=[5, 2, 2, 2], num_feat_extract_layers=4,
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
     num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, num_codevectors_per_group=6,
     num_codevector_groups=2, codevector_dim=16, proj_codevector_dim=10, num_negatives=7,
     contrastive_logits_temperature=0.1, diversity_loss_weight=0.1, hidden_dropout=0.0, attention_dropout=0.0,
@@ -94,7 +95,7 @@ def run(model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in results.items()}
 
 
-def make(kind: str) -> dict[str, np.ndarray]:
+def make(kind: str) -> dict[str, Any]:
     """Everything one golden file holds."""
     config = TINY | KINDS[kind]
     inputs = make_inputs(config)

@@ -73,7 +73,8 @@ def _normalised(task, batch):
 def error(ours: Any, theirs: np.ndarray) -> float:
     """Largest difference, relative to the largest value."""
     ours = np.asarray(ours)
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -92,12 +93,13 @@ def check_outputs(ours: dict[str, Any], golden: Results):
 
 
 def check_gradients(ours: dict[str, Any], golden: Results):
-    theirs = flatten_dict(from_hf(under(golden, "gradient/"), ours["task"]), sep="/")
-    mine = flatten_dict(ours["gradient"], sep="/")
+    theirs: dict[str, Any] = flatten_dict(from_hf(under(golden, "gradient/"), ours["task"]), sep="/")
+    mine: dict[str, Any] = flatten_dict(ours["gradient"], sep="/")
     assert mine.keys() == theirs.keys()
     for path, gradient in theirs.items():
         if path.endswith("key/bias"):  # softmax does not feel it: rounding on both sides
-            assert np.abs(gradient).max() < 1e-3 and np.abs(mine[path]).max() < 1e-3
+            assert np.abs(gradient).max() < 1e-3
+            assert np.abs(mine[path]).max() < 1e-3
         else:
             assert error(mine[path], gradient) < 3 * CLOSE, path
 

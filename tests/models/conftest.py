@@ -16,8 +16,10 @@ def tiny_encoder() -> Callable[..., SpeechEncoder]:
     """Encoder of two layers; keyword arguments replace settings, `frontend` only those it names."""
 
     def make(frontend: dict[str, Any] | None = None, **settings: Any) -> SpeechEncoder:
-        front = dict(name="waveform", channels=(32, 32, 32), kernels=(10, 3, 2), strides=(5, 2, 2), norm="group")
-        tiny = dict(
+        front: dict[str, Any] = dict(
+            name="waveform", channels=(32, 32, 32), kernels=(10, 3, 2), strides=(5, 2, 2), norm="group"
+        )
+        tiny: dict[str, Any] = dict(
             width=64, layers=2, heads=4, mlp=96, norm="post", positions=dict(kernel=6, groups=4), dropout=0.0,
             attention_dropout=0.0, activation_dropout=0.0, input_dropout=0.0, layerdrop=0.0, scan=False,
             remat=False, dtype="float32",

@@ -1,6 +1,7 @@
 """Self-attention against loops over rows and heads."""
 
-import flax.linen as nn
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 from speechjax.models.attention import SelfAttention, attention
 
 B, T, H, E = 3, 7, 2, 4
-LENGTHS = jnp.array([7, 3, 0], jnp.int32)
+LENGTHS: Any = np.array([7, 3, 0], np.int32)
 
 
 @pytest.fixture(scope="module")
 def qkv():
-    return jax.random.normal(jax.random.key(0), (3, B, T, H, E))
+    return np.random.default_rng(0).normal(size=(3, B, T, H, E)).astype(np.float32)
 
 
 def test_attention_is_softmax_over_valid_keys(qkv):
@@ -29,10 +30,11 @@ def test_attention_is_softmax_over_valid_keys(qkv):
 
 def test_padded_keys_change_nothing_and_valid_ones_do(qkv):
     run = jax.jit(lambda qkv: attention(*qkv, lengths=LENGTHS))
-    base = run(qkv)
-    padded = run(qkv.at[:, 1, 3:].add(5.0))
-    np.testing.assert_array_equal(base[1, :3], padded[1, :3])
-    assert np.abs(base - run(qkv.at[1:, 1, 2].add(5.0)))[1, :3].max() > 0.1, "negative control"
+    padded, valid = np.zeros_like(qkv), np.zeros_like(qkv)
+    padded[:, 1, 3:], valid[1:, 1, 2] = 5, 5
+    base, noisy, other = (np.asarray(run(qkv + change))[1, :3] for change in (0, padded, valid))
+    np.testing.assert_array_equal(base, noisy)
+    assert np.abs(base - other).max() > 0.1, "negative control"
 
 
 def test_an_empty_row_stays_finite_also_backward(qkv):
@@ -40,41 +42,24 @@ def test_an_empty_row_stays_finite_also_backward(qkv):
         return jnp.sum(attention(*qkv, lengths=LENGTHS) ** 2)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(qkv)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
 
 
 def test_softmax_runs_in_float32(qkv):
-    text = str(jax.make_jaxpr(lambda x: attention(*x, lengths=LENGTHS))(qkv.astype(jnp.bfloat16)))
-    assert "f32[3,2,7,7] = exp" in text
-    out = jax.eval_shape(lambda: attention(*qkv.astype(jnp.bfloat16), lengths=LENGTHS))
+    jaxpr, out = jax.make_jaxpr(lambda x: attention(*x, lengths=LENGTHS), return_shape=True)(jnp.bfloat16(qkv))
+    assert "f32[3,2,7,7] = exp" in str(jaxpr)
     assert out.dtype == jnp.bfloat16
-
-
-def test_dropout_acts_on_the_weights_in_training_only(qkv):
-    class Dropped(nn.Module):
-        @nn.compact
-        def __call__(self, qkv, deterministic):
-            return attention(*qkv, lengths=LENGTHS, dropout=nn.Dropout(0.5), deterministic=deterministic)
-
-    ones = qkv.at[2].set(1.0)
-    apply = lambda deterministic, seed: Dropped().apply(  # noqa: E731
-        {}, ones, deterministic, rngs={"dropout": jax.random.key(seed)}
-    )
-    run = jax.jit(apply, static_argnums=0)
-    np.testing.assert_allclose(run(True, 0), 1, rtol=1e-6)
-    assert np.asarray(run(False, 0)).std() > 0.1
-    np.testing.assert_array_equal(run(False, 0), run(False, 0))
-    assert (np.asarray(run(False, 0)) != np.asarray(run(False, 1))).any()
 
 
 def test_self_attention_projects_heads(random_params):
     D = H * E
     module = SelfAttention(heads=H)
-    x = jax.random.normal(jax.random.key(1), (B, T, D))
+    x = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
     params = random_params(module, x, LENGTHS, train=False)
-    dense = lambda name, x: np.asarray(x) @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+    dense = lambda name, x: np.asarray(x) @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])  # noqa: E731
     qkv = np.stack([dense(name, x).reshape(B, T, H, E) for name in ("query", "key", "value")])
     mixed = jax.jit(lambda qkv: attention(*qkv, lengths=LENGTHS))(qkv)
     ours = jax.jit(lambda x: module.apply({"params": params}, x, LENGTHS, train=False))(x)
-    np.testing.assert_allclose(ours, dense("out", mixed.reshape(B, T, D)), atol=1e-5)  # float32
+    np.testing.assert_allclose(ours, dense("out", np.asarray(mixed).reshape(B, T, D)), atol=1e-5)  # float32
     assert params["query"]["kernel"].shape == (D, D)

@@ -1,5 +1,7 @@
 """The waveform front end against plain convolutions and norms in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from jax import lax
 from scipy import special
 
+from speechjax.errors import UserError
 from speechjax.models.frontend import GroupNormConv, WaveformExtractor, conv_out_len, strided_conv, windows
 
-SHAPE = dict(channels=(8, 8, 8), kernels=(10, 3, 2), strides=(5, 2, 2))
+SHAPE: dict[str, Any] = dict(channels=(8, 8, 8), kernels=(10, 3, 2), strides=(5, 2, 2))
 LENGTHS = np.array([400, 263, 0], np.int32)
 
 
@@ -114,7 +117,7 @@ def test_folded_group_norm_has_the_gradient_of_the_plain_one(audio, random_param
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())  # float32
 
 
-KINDS = {"group": dict(norm="group"), "layer": dict(norm="layer", bias=True, normalize=True)}
+KINDS: dict[str, dict[str, Any]] = {"group": dict(norm="group"), "layer": dict(norm="layer", bias=True, normalize=True)}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -128,7 +131,8 @@ def test_frames_ignore_padding_and_end_with_the_utterance(extractor, audio):
     frames, lengths = extractor(audio, LENGTHS)
     np.testing.assert_array_equal(lengths, [19, 12, 0])
     inside = np.arange(frames.shape[1])[None] < lengths[:, None]
-    assert (np.asarray(frames)[~inside] == 0).all() and np.isfinite(frames).all()
+    assert (np.asarray(frames)[~inside] == 0).all()
+    assert np.isfinite(frames).all()
     noisy = np.where(np.arange(400) < LENGTHS[:, None], audio, -audio[::-1])
     np.testing.assert_array_equal(frames, extractor(noisy, LENGTHS)[0])
     audio = audio.copy()
@@ -136,6 +140,20 @@ def test_frames_ignore_padding_and_end_with_the_utterance(extractor, audio):
     changed = extractor(audio, LENGTHS)[0]
     np.testing.assert_array_equal(changed[0], frames[0])
     assert np.abs(changed - frames)[1].max() > 1e-2, "negative control: a valid sample"
+
+
+def test_group_norm_survives_bfloat16(audio, random_params):
+    """Its statistics stay in float32; what remains is the rounding of eight bits."""
+    front = WaveformExtractor(**SHAPE)
+    params = random_params(front, audio, LENGTHS)
+
+    @jax.jit
+    def both():
+        kinds = (front, front.clone(dtype=jnp.bfloat16))
+        return [kind.apply({"params": params}, audio, LENGTHS)[0].astype(jnp.float32) for kind in kinds]
+
+    exact, rounded = (np.asarray(frames) for frames in both())
+    assert 1e-4 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.02
 
 
 def test_int16_is_float_over_32768(extractor, audio):
@@ -161,5 +179,5 @@ def test_normalised_waveform(audio, random_params):
 
 
 def test_unknown_norm_is_named():
-    with pytest.raises(ValueError, match="'batch'.*'group' or 'layer'"):
-        WaveformExtractor(**SHAPE, norm="batch").init(jax.random.key(0), jnp.zeros((1, 100)), jnp.array([100]))
+    with pytest.raises(UserError, match=r"'batch'.*'group' or 'layer'"):
+        WaveformExtractor(**SHAPE, norm="batch").init(jax.random.key(0), jnp.zeros((1, 100)), LENGTHS[:1])

@@ -84,7 +84,8 @@ def test_number_of_spans_is_rounded_at_random_without_bias(t):
 def test_at_least_two_spans():
     """p * t / span is 0.3 here; two spans where they fit without masking everything, else one."""
     rows = draw_mask(3, [61, 61, 61, 61, 20, 20, 21, 21], 0.05, 10)
-    assert (rows[:4].sum(axis=1) >= 11).all() and (rows[:4].sum(axis=1) > 10).any()
+    assert (rows[:4].sum(axis=1) >= 11).all()
+    assert (rows[:4].sum(axis=1) > 10).any()
     assert (rows[4:6].sum(axis=1) == 10).all()
     assert (rows[6:].sum(axis=1) >= 11).all()
 
@@ -139,7 +140,8 @@ def test_span_mask_without_room_for_one_span():
 def test_slots_list_the_masked_frames_in_order(slots, seed, share):
     mask = np.random.default_rng(seed).random((5, 20)) < share
     positions, valid = (np.asarray(a) for a in jit_slots(jnp.asarray(mask), slots))
-    assert positions.dtype == np.int32 and positions.shape == valid.shape == (5, slots)
+    assert positions.dtype == np.int32
+    assert positions.shape == valid.shape == (5, slots)
     for row in range(5):
         expected = np.flatnonzero(mask[row])[:slots]
         np.testing.assert_array_equal(positions[row][valid[row]], expected)
@@ -151,11 +153,13 @@ def test_slots_list_the_masked_frames_in_order(slots, seed, share):
 @given(counts=st.lists(st.integers(0, 30), min_size=4, max_size=4), seed=seeds)
 def test_negatives_are_other_masked_slots_of_the_utterance(counts, seed):
     drawn = np.asarray(jit_negatives(jax.random.key(seed), jnp.asarray(counts, jnp.int32), 30, 100))
-    assert drawn.dtype == np.int32 and drawn.shape == (4, 30, 100)
+    assert drawn.dtype == np.int32
+    assert drawn.shape == (4, 30, 100)
     own = np.arange(30)[:, None]
     for count, row in zip(counts, drawn, strict=True):
         assert (row[: max(count, 0)] != own[: max(count, 0)]).all()
-        assert (row >= 0).all() and (row < max(count, 2)).all()
+        assert (row >= 0).all()
+        assert (row < max(count, 2)).all()
 
 
 def test_negatives_stay_inside_the_slots():

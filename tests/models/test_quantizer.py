@@ -1,5 +1,7 @@
 """The Gumbel quantizer against closed forms in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ def setting(random_params):
     return random_params(QUANTIZER, x, jnp.float32(1), train=False), x, noise
 
 
-def apply(params, x, temperature, seed, train):
+def apply(params, x, temperature, seed, train) -> Any:
     rngs = {"gumbel": jax.random.key(seed)}
     return QUANTIZER.apply({"params": params}, x, temperature, train=train, rngs=rngs)
 
