@@ -3,7 +3,6 @@
 import itertools
 from pathlib import Path
 
-import jax
 import librosa
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from speechjax.errors import UserError
 from speechjax.evals import linear_probe
@@ -21,6 +21,13 @@ from speechjax.evals.linear_probe import leave_one_group_out
 
 SPEAKERS = ("anna", "ben", "carla", "dan")
 WORDS = ("yes", "no", "maybe")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_blas_thread():
+    """As the probe does for its own fits: several BLAS pools on few cores wait for each other most of the time."""
+    with threadpool_limits(1):
+        yield
 
 
 def _clusters(separation: float, *, per_cell: int = 15, n_features: int = 8, seed: int = 0):
@@ -242,13 +249,13 @@ def test_log_mel_statistics_are_those_of_each_recording_alone():
         np.testing.assert_allclose(row, expected, rtol=1e-4, atol=5e-4)
 
 
-def test_statistics_take_int16_mixed_with_float_and_compile_once_a_bucket():
+def test_statistics_take_int16_mixed_with_float_in_few_static_shapes():
     audio = _recordings(16000)
     pcm = [np.round(waveform * 32767).astype(np.int16) for waveform in audio]
     mixed = [pcm[0], *[(waveform / 32768).astype(np.float32) for waveform in pcm[1:]]]
-    jax.clear_caches()
     np.testing.assert_array_equal(linear_probe.log_mel_statistics(pcm), linear_probe.log_mel_statistics(mixed))
-    assert getattr(linear_probe._log_mel, "_cache_size")() == 3  # up to 0.5 s, 1 s and 2 s
+    shapes = {batch.shape for _, batch, _ in linear_probe._padded_batches(audio, 16000)}
+    assert shapes == {(131, 8000), (65, 16000), (32, 32000)}  # 2^20 samples at most
     with pytest.raises(UserError, match="recording 1 holds no samples"):
         linear_probe.mfcc_statistics([audio[0], audio[0][:0]])
 
@@ -259,8 +266,7 @@ def test_controls_on_spoken_digits_of_unheard_speakers(real_speech: Path):
     digits, speakers = zip(*(path.stem.split("_")[:2] for path in paths), strict=True)
     audio = [soxr.resample(soundfile.read(path, dtype="float32")[0], 8000, 16000) for path in paths]
     result = leave_one_group_out(linear_probe.mfcc_statistics(audio), digits, speakers)
-    # Found: 77.6 (george 69, jackson 82, lucas 69, nicolas 73, theo 90, yweweler 82); other probe seeds 77.6 to 78.0.
-    # With mean and standard deviation in place of the last two statistics the same probe stays below 73.
+    # Found: 77.6 (george 69, jackson 82, lucas 69, nicolas 73, theo 90, yweweler 82); three seeds 77.7 +- 0.2.
     assert result["mean"] == pytest.approx(77.6, abs=1.0)
     assert min(result["accuracy"].values()) > 65.0
     assert max(result["accuracy"], key=lambda speaker: result["accuracy"][speaker]) == "theo"

@@ -49,8 +49,8 @@ def make_inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def make_model(config: dict[str, Any]):
     """Their model, every parameter moved off its initial value; the values survive float16."""
-    import torch
-    from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED + 1)
@@ -64,7 +64,7 @@ def make_model(config: dict[str, Any]):
 
 def run(model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs and gradients: hidden states unmasked; states, losses and gradients masked, without Gumbel noise."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     def noiseless(logits, tau, hard):
         soft = torch.softmax(logits / tau, dim=-1)
