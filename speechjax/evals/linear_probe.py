@@ -2,9 +2,9 @@
 
 Shape alphabet: N examples, T frames, D features, S samples.
 
-The classifier is standardisation and multinomial logistic regression with an L2 penalty. Standardisation, penalty
-and weights come from the training groups alone; a group (a speaker) is tested by a classifier that saw nothing of
-it. Two controls, `mfcc_statistics` and `log_mel_statistics`, need no model: features below them are not worth one.
+The classifier is standardisation and multinomial logistic regression with an L2 penalty. Standardisation, penalty,
+layer and weights come from the training groups alone; a group (a speaker) is tested by a classifier that saw nothing
+of it. Two controls, `mfcc_statistics` and `log_mel_statistics`, need no model: features below them are not worth one.
 """
 
 import functools
@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from speechjax.audio.features import deltas, log_mel, mfcc
+from speechjax.audio.features import log_mel, mfcc
 from speechjax.errors import UserError
 
 # Inverse penalties (scikit-learn's C), strongest penalty first: each fit starts from the one before.
@@ -41,18 +40,22 @@ class ProbeResult(TypedDict):
     mean: float
     accuracy: dict[str, float]
     strength: dict[str, float]
+    layer: dict[str, int]
     unconverged: int
 
 
 def pool(frames: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation over the (valid) frames: [T, D] -> float64 [2 D].
+    """Five statistics of the (valid) frames: [T, D] -> float64 [5 D].
 
-    Raises UserError if there is no frame.
+    Mean and standard deviation, then the means over the first, middle and last third: what was said, and in which
+    order.  Every row of a table is pooled alike.  Raises UserError if there is no frame.
     """
     if len(frames) == 0:
         raise UserError("a recording without a single frame cannot be pooled: leave it out")
     frames = np.asarray(frames, np.float64)
-    return np.concatenate([frames.mean(axis=0), frames.std(axis=0)])
+    bounds = [len(frames) * third // 3 for third in range(4)]
+    thirds = [frames[a : max(b, a + 1)].mean(axis=0) for a, b in itertools.pairwise(bounds)]
+    return np.concatenate([frames.mean(axis=0), frames.std(axis=0), *thirds])
 
 
 def leave_one_group_out(
@@ -66,11 +69,11 @@ def leave_one_group_out(
 ) -> ProbeResult:
     """Test each group (or those in `held_out`) with a classifier trained on all the others.
 
-    features: [N, D]; labels, groups: [N] names. `seed` draws the `train_share` of the examples that may be trained
-    on; every example of a tested group is tested. The penalty of each classifier is the one of `STRENGTHS` with the
-    best log likelihood in a second leave-one-group-out among its training groups (accuracy is too coarse a criterion:
-    it picks another penalty for every seed); with two groups in all it is fixed. `unconverged` counts the scored
-    classifiers that reached the iteration limit.
+    features: [N, D], or [N, L, D] of L layers; labels, groups: [N] names. `seed` draws the `train_share` of the
+    examples that may be trained on; every example of a tested group is tested. Layer and penalty (of `STRENGTHS`) of
+    each classifier are those with the best log likelihood in a second leave-one-group-out among its training groups
+    (accuracy is too coarse a criterion: it picks another penalty for every seed); with two groups in all, the last
+    layer and a fixed penalty. `unconverged` counts the scored classifiers that reached the iteration limit.
 
     Raises UserError for arrays that do not match or are not finite, fewer than two groups, a group in `held_out` that
     does not exist, and a label of a tested group that the training groups lack.
@@ -79,6 +82,7 @@ def leave_one_group_out(
     from threadpoolctl import threadpool_limits
 
     features, labels, groups = np.asarray(features, np.float32), np.asarray(labels, str), np.asarray(groups, str)
+    features = features[:, None] if features.ndim == 2 else features
     tested = _tested_groups(features, labels, groups, held_out)
     kept = np.zeros(len(labels), bool)
     kept[np.random.default_rng(seed).permutation(len(labels))[: round(train_share * len(labels))]] = True
@@ -86,75 +90,53 @@ def leave_one_group_out(
         inside = groups == group
         _check_labels(group, set(labels[inside].tolist()), set(labels[kept & ~inside].tolist()))
 
-    fit = functools.partial(_fit_and_score, features, labels, groups, kept)
+    def fit(layer, left_out, strengths, tolerance):
+        return _fit_and_score(features[:, layer], labels, groups, kept, left_out, strengths, tolerance)
+
+    layers = range(features.shape[1])
     names = sorted(set(groups.tolist()))
     # Leaving out a and b scores b when choosing for a, and a when choosing for b: one fit serves both.
     pairs = sorted({tuple(sorted((a, b))) for a in tested for b in names if a != b}) if len(names) > 2 else []
     # One BLAS thread a fit: the pools of numpy and scipy wait for each other in busy loops, at seven times the cost.
     with threadpool_limits(1), warnings.catch_warnings(), ThreadPoolExecutor(_cpu_count()) as workers:
         warnings.simplefilter("ignore", ConvergenceWarning)  # counted in `unconverged`
-        curves = list(workers.map(lambda pair: fit(pair, STRENGTHS, _COARSE), pairs))
-        strength = {group: _best_strength(group, curves) for group in tested}
-        scores = list(workers.map(lambda group: fit([group], [strength[group]], _FINE)[group][0], tested))
+        jobs = list(itertools.product(pairs, layers))
+        curves = list(workers.map(lambda job: fit(job[1], job[0], STRENGTHS, _COARSE), jobs))
+        chosen = {group: _best(group, curves, len(layers)) for group in tested}
+        scores = list(workers.map(lambda g: fit(chosen[g][0], [g], [chosen[g][1]], _FINE)[g][0], tested))
     accuracy = {group: score.accuracy for group, score in zip(tested, scores, strict=True)}
     return ProbeResult(
         seed=seed,
         mean=float(np.mean(list(accuracy.values()))),
         accuracy=accuracy,
-        strength=strength,
+        strength={group: strength for group, (_, strength) in chosen.items()},
+        layer={group: layer for group, (layer, _) in chosen.items()},
         unconverged=sum(not score.converged for score in scores),
     )
 
 
-def format_rows(results: Mapping[str, Sequence[ProbeResult]]) -> tuple[list[str], list[list[str]]]:
-    """Table of several feature sets, each probed with one or more seeds: column names and rows of cells.
-
-    A row is name, mean % over groups and seeds, standard deviation of that mean over seeds ("-" for a single seed),
-    and the mean % of every group ("-" where it was not tested).
-    """
-    groups = sorted({group for seeds in results.values() for result in seeds for group in result["accuracy"]})
-    rows = []
-    for name, seeds in results.items():
-        means = [result["mean"] for result in seeds]
-        row = [name, f"{np.mean(means):.1f}", f"{np.std(means, ddof=1):.1f}" if len(means) > 1 else "-"]
-        for group in groups:
-            values = [result["accuracy"][group] for result in seeds if group in result["accuracy"]]
-            row.append(f"{np.mean(values):.1f}" if values else "-")
-        rows.append(row)
-    return ["features", "mean %", "std", *groups], rows
-
-
 def mfcc_statistics(audio: Sequence[np.ndarray], *, sample_rate: int = 16000) -> np.ndarray:
-    """Control without a model: 65 statistics of 13 MFCC (26 mel bands, 25 ms windows, 10 ms apart), float64 [N, 65].
+    """Control without a model: 13 MFCC (26 mel bands, 25 ms windows, 10 ms apart), pooled to float64 [N, 65].
 
-    Per coefficient: the means over the first, middle and last third, the standard deviation, and that of the second
-    time derivative. The thirds keep the order of the sounds, which statistics of the whole recording lose.
     audio: N waveforms [S], float in [-1, 1] or int16. Raises UserError for an empty one.
     """
-
-    def statistics(frames: np.ndarray) -> np.ndarray:
-        cepstra, curvatures = np.split(frames.astype(np.float64), 2, axis=1)
-        bounds = [len(cepstra) * third // 3 for third in range(4)]
-        thirds = [cepstra[a : max(b, a + 1)].mean(axis=0) for a, b in itertools.pairwise(bounds)]
-        return np.concatenate([*thirds, cepstra.std(axis=0), curvatures.std(axis=0)])
-
-    return _statistics(_mfcc_and_curvature, audio, sample_rate, statistics)
+    return _statistics(_mfcc, audio, sample_rate)
 
 
 def log_mel_statistics(audio: Sequence[np.ndarray], *, sample_rate: int = 16000) -> np.ndarray:
-    """Control without a model: mean and standard deviation of 80 log-mel bands (25 ms, 10 ms), float64 [N, 160].
+    """Control without a model: 80 log-mel bands (25 ms windows, 10 ms apart), pooled to float64 [N, 400].
 
     audio: N waveforms [S], float in [-1, 1] or int16. Raises UserError for an empty one.
     """
-    return _statistics(_log_mel, audio, sample_rate, pool)
+    return _statistics(_log_mel, audio, sample_rate)
 
 
 def _tested_groups(
     features: np.ndarray, labels: np.ndarray, groups: np.ndarray, held_out: Sequence[str] | None
 ) -> list[str]:
-    if features.ndim != 2 or not len(features) == len(labels) == len(groups):
+    if features.ndim != 3 or not len(features) == len(labels) == len(groups):
         raise UserError(
-            "a probe needs features [N, D] with N labels and N groups, "
+            "a probe needs features [N, D] or [N, L, D] with N labels and N groups, "
             f"not {features.shape}, {labels.shape} and {groups.shape}"
         )
     if not np.isfinite(features).all():
@@ -220,12 +202,20 @@ def _fit_and_score(
     return scores
 
 
-def _best_strength(group: str, curves: Sequence[Mapping[str, Sequence[_Score]]]) -> float:
-    others = [curve[name] for curve in curves if group in curve for name in curve if name != group]
-    if not others:
-        return _DEFAULT_STRENGTH
-    likelihoods = [[score.log_likelihood for score in curve] for curve in others]
-    return STRENGTHS[int(np.mean(likelihoods, axis=0).argmax())]
+def _best(group: str, curves: Sequence[Mapping[str, Sequence[_Score]]], layers: int) -> tuple[int, float]:
+    """(layer, penalty) for testing `group`; `curves` go through the layers pair by pair."""
+    found = [
+        [score.log_likelihood for score in curve[name]]
+        for curve in curves
+        if group in curve
+        for name in curve
+        if name != group
+    ]
+    if not found:
+        return layers - 1, _DEFAULT_STRENGTH
+    likelihoods = np.reshape(found, (-1, layers, len(STRENGTHS))).mean(axis=0)
+    layer, strength = np.unravel_index(likelihoods.argmax(), likelihoods.shape)
+    return int(layer), STRENGTHS[strength]
 
 
 def _cpu_count() -> int:
@@ -233,11 +223,9 @@ def _cpu_count() -> int:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _mfcc_and_curvature(audio: jax.Array, lengths: jax.Array, sample_rate: int) -> tuple[jax.Array, jax.Array]:
-    cepstra, n_frames = mfcc(
-        audio, lengths, sample_rate=sample_rate, n_fft=sample_rate // 40, hop=sample_rate // 100, n_mels=26
-    )
-    return jnp.concatenate([cepstra, deltas(cepstra, n_frames, order=2)[0]], axis=-1), n_frames
+def _mfcc(audio: jax.Array, lengths: jax.Array, sample_rate: int) -> tuple[jax.Array, jax.Array]:
+    window, hop = sample_rate // 40, sample_rate // 100
+    return mfcc(audio, lengths, sample_rate=sample_rate, n_fft=window, hop=hop, n_mels=26)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -249,13 +237,12 @@ def _statistics(
     extract: Callable[..., tuple[jax.Array, jax.Array]],
     audio: Sequence[np.ndarray],
     sample_rate: int,
-    summarise: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     rows: list[np.ndarray] = [np.empty(0)] * len(audio)
     for indices, batch, lengths in _padded_batches(audio, sample_rate):
         frames, n_frames = map(np.asarray, extract(batch, lengths, sample_rate))
         for row, index in enumerate(indices):
-            rows[index] = summarise(frames[row, : n_frames[row]])
+            rows[index] = pool(frames[row, : n_frames[row]])
     return np.stack(rows)
 
 

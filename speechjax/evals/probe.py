@@ -3,6 +3,7 @@
 Shapes: N recordings, B batch, T frames, D width.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from speechjax.data.plan import Plan, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.errors import UserError
 from speechjax.evals import linear_probe
-from speechjax.models.layers import frame_mask
 from speechjax.step import batch_shapes, init_state
 from speechjax.train import Job
 
@@ -44,8 +44,9 @@ class Probe:
     `speaker`; recordings it does not fit are left out.  Every speaker is tested with a classifier trained on the
     others; the result is the mean over the speakers in `held_out` (empty: all), whose audio, for an honest
     figure, stays out of pretraining.  `seeds` probe seeds: each trains on another nine tenths of the recordings,
-    and draws another random-initialised encoder.  The features of a recording are mean and standard deviation over
-    time of every hidden state.  Controls: the same on a random-initialised encoder, log-mel and MFCC statistics.
+    and draws another random-initialised encoder.  The features of a recording are five statistics over time
+    (`linear_probe.pool`) of one hidden state, chosen like the penalty: on the training speakers alone.  Controls,
+    pooled alike: a random-initialised encoder, log-mel, MFCC.
     """
 
     def __init__(self, job: Job, *, every: int, source: str, pattern: str, held_out: Sequence[str], seeds: int):
@@ -55,7 +56,7 @@ class Probe:
 
         def pooled(params, extra, batch):
             encoded = job.task.apply({"params": params, **extra}, batch, method="features")
-            return jnp.concatenate([mean_and_std(h, encoded.lengths) for h in encoded.hidden], axis=-1)
+            return jnp.stack([pool(h, encoded.lengths) for h in encoded.hidden], axis=1)
 
         self._pooled = jax.jit(pooled, out_shardings=sharding.replicated(job.mesh))
 
@@ -104,13 +105,13 @@ class Probe:
         return self._controls
 
     def _encode(self, labelled: Labelled, params: Any, extra: Any) -> np.ndarray:
-        """Pooled features of every recording, float32 [N, 2 D (layers + 1)]."""
+        """Pooled hidden states of every recording, float32 [N, layers + 1, 5 D]."""
         features: np.ndarray | None = None
         for rows in labelled.plan.sweep():
             batch = read_rows(labelled.records, labelled.part, rows, jax.process_index(), jax.process_count())
             out = jax.device_get(self._pooled(params, extra, sharding.global_batch(self.job.mesh, batch)))
             if features is None:
-                features = np.zeros((len(labelled.part), out.shape[1]), np.float32)
+                features = np.zeros((len(labelled.part), *out.shape[1:]), np.float32)
             filled = rows.example >= 0
             features[rows.example[filled]] = out[filled]
         assert features is not None  # there is at least one recording
@@ -150,11 +151,19 @@ class Probe:
         self.job.logs.save_json("probe", dict(title=title, columns=columns, rows=cells))
 
 
-def mean_and_std(frames: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Mean and standard deviation over the valid frames: [B, T, D], [B] -> float32 [B, 2 D]."""
+def pool(frames: jax.Array, lengths: jax.Array) -> jax.Array:
+    """`linear_probe.pool` of every row, on the device: [B, T, D], [B] -> float32 [B, 5 D]."""
     frames = frames.astype(jnp.float32)
-    valid = frame_mask(lengths, frames.shape[1])[..., None]
-    count = jnp.maximum(lengths, 1).astype(jnp.float32)[:, None]
-    mean = jnp.sum(jnp.where(valid, frames, 0), axis=1) / count
-    variance = jnp.sum(jnp.where(valid, frames - mean[:, None], 0) ** 2, axis=1) / count
-    return jnp.concatenate([mean, jnp.sqrt(variance)], axis=-1)
+    time = jnp.arange(frames.shape[1])[None, :]
+
+    def mean(start, stop, values=frames):
+        inside = (time >= start[:, None]) & (time < stop[:, None])
+        count = jnp.maximum(stop - start, 1).astype(jnp.float32)[:, None]
+        return jnp.sum(jnp.where(inside[..., None], values, 0), axis=1) / count
+
+    none = jnp.zeros_like(lengths)
+    centre = mean(none, lengths)
+    spread = jnp.sqrt(mean(none, lengths, jnp.square(frames - centre[:, None])))
+    bounds = [lengths * third // 3 for third in range(4)]
+    thirds = [mean(a, jnp.maximum(b, a + 1)) for a, b in itertools.pairwise(bounds)]
+    return jnp.concatenate([centre, spread, *thirds], axis=-1)

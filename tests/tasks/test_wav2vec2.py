@@ -202,6 +202,18 @@ def test_collapse_to_one_code_leaves_nothing_to_answer(model):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
+def test_equal_targets_score_at_chance(model):
+    """Different codes that all project to one vector: the loss is its chance level, and a tie is not an answer."""
+    _, params, run = model
+    target = dict(kernel=np.zeros((16, 12), np.float32), bias=np.eye(12, dtype=np.float32)[0])
+    losses, metrics, _ = run(params | {"project_target": target}, make_batch())
+    chance, n = metrics["chance_contrastive"]
+    assert chance / n > math.log(4)
+    assert losses["contrastive"][0] == pytest.approx(chance, rel=1e-5)  # float32
+    assert metrics["accuracy"][0] == 0
+    assert metrics["accuracy"][1] > 15
+
+
 @pytest.mark.parametrize(("masked", "codes"), [(3, 4), (12, 4), (30, 50)])
 def test_chance_accuracy_is_that_of_guessing_among_different_candidates(masked, codes):
     """Monte Carlo of drawing K negatives and guessing among the distinct codes, the right one included."""
