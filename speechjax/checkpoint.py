@@ -17,16 +17,21 @@ log = logging.getLogger("speechjax")
 
 @jax.jit
 def _digests(tree: Any) -> list[jax.Array]:
-    """One uint32 a leaf: the bits weighted by odd numbers, modulo 2**32.
+    """One uint32 a leaf: a hash of every word and its place, summed modulo 2**32.
 
-    Integer sums, so any sharding gives the same number; odd weights, so no single changed word can hide.
+    Integer sums, so any sharding gives the same number.  The hash is one-to-one at every place, so no single
+    changed word can hide; and it mixes the bits (half of MurmurHash3's finalizer), for in a plain weighted sum two
+    flipped signs, or two powers of two that changed places, do.
     """
 
     def digest(x):
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        weights = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
-        return jnp.sum(bits * weights, dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        place = jnp.zeros(x.shape, jnp.uint32)  # no reshape, which would gather what is split
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        mixed = words.astype(jnp.uint32) + place * jnp.uint32(0x9E3779B9)
+        mixed = (mixed ^ (mixed >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+        return jnp.sum(mixed ^ (mixed >> jnp.uint32(13)), dtype=jnp.uint32)
 
     return [digest(x) for x in jax.tree.leaves(tree)]
 
@@ -42,8 +47,9 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, every: int):
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, save_interval_steps=every, create=True, cleanup_tmp_directories=True
-        )
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True,
+            should_save_fn=lambda step, _: step % every == 0,  # its own intervals add the very first step
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
@@ -65,12 +71,14 @@ class Checkpoints:
         """Newest intact (state, meta) with the shapes, types and shardings of `like`; None where there is none.
 
         A step that cannot be read, or whose digest does not match, is set aside as `<step>.broken` and the one
-        before is tried.  Raises UserError when steps exist and none is intact.
+        before is tried.  Raises UserError when steps exist and none is intact, or the newest is of another format.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 return self._read(step, like)
+            except UserError:  # of another version: whole, but not for us
+                raise
             except Exception as error:
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 log.warning("checkpoint %d in %s is broken (%s); set aside", step, self.directory, reason)
@@ -83,11 +91,14 @@ class Checkpoints:
         return None
 
     def _read(self, step, like):
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        state, meta = found["state"], found["meta"]
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+            raise UserError(
+                f"{self.directory / str(step)} has format {meta['format']}, this version reads {FORMAT}; "
+                "use the version that wrote it or another --workdir"
+            )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        state = self._manager.restore(step, args=items)["state"]
         if meta["digest"] != digest(state):
             raise ValueError("its digest does not match its contents")
         return state, meta

@@ -32,8 +32,10 @@ def parse_arg(arg: str, **allowed: Any) -> dict[str, Any]:
             if text not in default:
                 raise UserError(f"config argument {key}={text!r}: choose from {', '.join(default)}")
             values[key] = text
+        elif default is False and not text:
+            values[key] = True
         else:
-            values[key] = (text != "false") if isinstance(default, bool) else type(default)(text)
+            values[key] = _parse(text, default, key, flag="config argument ")
     return values
 
 
@@ -74,7 +76,7 @@ def _override(config: ConfigDict, text: str) -> None:
         node = node[key]
 
 
-def _parse(text: str, current: Any, name: str) -> Any:
+def _parse(text: str, current: Any, name: str, flag: str = "--config.") -> Any:
     """`text` as a value of the type of `current`."""
     if isinstance(current, str):
         return text
@@ -83,7 +85,7 @@ def _parse(text: str, current: Any, name: str) -> Any:
     try:
         value = {"true": True, "false": False}.get(text.lower())
         value = ast.literal_eval(text) if value is None else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     if isinstance(current, float) and type(value) is int:
         value = float(value)
@@ -91,7 +93,7 @@ def _parse(text: str, current: Any, name: str) -> Any:
         value = tuple(value)
     if type(value) is not type(current):
         wanted, got = type(current).__name__, type(value).__name__
-        raise UserError(f"--config.{name}={text}: expected {wanted} (now {current!r}), got {got}")
+        raise UserError(f"{flag}{name}={text}: expected {wanted} (now {current!r}), got {got}")
     return value
 
 
@@ -126,7 +128,7 @@ def eval_class(name: str) -> type:
 def _registered(room: str, name: str) -> type:
     """The one class of `speechjax/<room>/<name>.py` whose name is the file's, underscores and case aside."""
     folder = Path(__file__).parent / room
-    names = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    names = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     if name not in names:
         raise UserError(f"no {room} named {name!r}; there are: {', '.join(names)}")
     module = importlib.import_module(f"speechjax.{room}.{name}")
@@ -141,20 +143,27 @@ def check(config: ConfigDict) -> None:
     from speechjax import optim, sharding, train
     from speechjax.data import pipeline
     from speechjax.models import encoder
+    from speechjax.models.positions import ConvPositions
 
     blocks = {"data", "evals", "mesh", "model", "optim", "task", "train"}
     if set(config) != blocks:
         raise UserError(f"a config has the blocks {', '.join(sorted(blocks))}; this one: {', '.join(sorted(config))}")
+    named = {"config.task": config.task, "config.model.frontend": config.model.frontend}
+    for what, block in (named | {f"config.evals.{k}": block for k, block in config.evals.items()}).items():
+        if "name" not in block:
+            raise UserError(f"{what} needs name")
     check_kwargs("config.task", task_class(config.task.name), _without_name(config.task), given=("encoder",))
     front = config.model.frontend
     if front.name not in encoder.FRONTENDS:
         raise UserError(f"config.model.frontend.name={front.name!r}: there are {', '.join(encoder.FRONTENDS)}")
     check_kwargs("config.model.frontend", encoder.FRONTENDS[front.name], _without_name(front), given=("dtype",))
     check_kwargs("config.model", encoder.SpeechEncoder, config.model)
+    check_kwargs("config.model.positions", ConvPositions, config.model.positions, given=("dtype",))
     check_kwargs("config.data", pipeline.open_data, config.data, given=("seed", "row_divisor", "frame_len"))
     check_kwargs("config.optim", optim.make_optimizer, config.optim, given=("steps",))
     check_kwargs("config.mesh", sharding.make_mesh, config.mesh)
     check_kwargs("config.train", train.Schedule, config.train)
+    train.Schedule(**config.train)
     for name, block in config.evals.items():
         check_kwargs(f"config.evals.{name}", eval_class(block.name), _without_name(block), given=("job",))
 
@@ -188,7 +197,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     if file.exists():
         try:
             before = json.loads(file.read_text())
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or not even text
             raise UserError(f"{file} is not valid JSON; repair it or use a new --workdir") from None
         old, new = _flat(before), _flat(mine)
         changed = [
@@ -202,10 +211,13 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         for k in sorted(free):
             if old.get(k, new[k]) != new[k]:
                 log.info("%s: %r -> %r since the last start", k, old[k], new[k])
-    workdir.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(mine, indent=2) + "\n")
-    scratch.replace(file)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(mine, indent=2) + "\n")
+        scratch.replace(file)
+    except OSError as error:
+        raise UserError(f"cannot write --workdir={workdir}: {error.strerror}") from error
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

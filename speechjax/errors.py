@@ -5,7 +5,7 @@ class UserError(Exception):
     """A mistake of the user's; verbs print its one line and exit 1, without a traceback."""
 
 
-class TooManyRejected(UserError):
+class TooManyRejectedError(UserError):
     """More of a source is unusable than allowed; `rejected` lists it, one {"id", "reason"} a recording."""
 
     def __init__(self, message: str, rejected: list[dict[str, str]]):

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from speechjax.errors import TooManyRejected, UserError
+from speechjax.errors import TooManyRejectedError, UserError
 
 log = logging.getLogger("speechjax")
 
@@ -68,7 +68,7 @@ def run(argv: Sequence[str] | None) -> int:
         data = pipeline.open_data(
             seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
         )
-    except TooManyRejected as error:
+    except TooManyRejectedError as error:
         _write_rejected(args.workdir, error.rejected)
         raise
     _write_rejected(args.workdir, data.records.rejected)

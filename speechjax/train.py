@@ -46,6 +46,13 @@ class Schedule:
     patience: int
     max_skipped: int
 
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "eval_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.train.{name}={getattr(self, name)}: must be at least 1")
+        if self.best_mode not in ("min", "max"):
+            raise UserError(f"config.train.best_mode={self.best_mode!r}: choose min or max")
+
 
 @dataclass
 class Job:
@@ -74,8 +81,6 @@ class Best:
     """The best evaluation so far; lives in the checkpoints' meta, so a resumed run judges alike."""
 
     def __init__(self, schedule: Schedule, value: float | None = None, step: int = 0, worse: int = 0):
-        if schedule.best_mode not in ("min", "max"):
-            raise UserError(f"config.train.best_mode={schedule.best_mode!r}: choose min or max")
         self.schedule, self.value, self.step, self.worse = schedule, value, step, worse
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
@@ -154,7 +159,14 @@ class Loop:
         self.window: tuple[int, Any] | None = None  # a log window that is over, but not fetched yet
 
     def run(self, state: State, start: int) -> int:
-        """From step `start` to the end; an exit code."""
+        """From step `start` to the end; an exit code.  Whatever ends it, saves under way are finished."""
+        try:
+            return self._run(state, start)
+        finally:
+            self.checkpoints.close()
+            self.best_checkpoint.close()
+
+    def _run(self, state: State, start: int) -> int:
         steps, hosts = self.schedule.steps, (jax.process_index(), jax.process_count())
         batches = on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
         in_flight: collections.deque = collections.deque()
@@ -190,8 +202,6 @@ class Loop:
                 log.info("stopped early: %s is best at step %d", self.schedule.best_metric, self.best.step)
                 break
         self.log()
-        self.checkpoints.close()
-        self.best_checkpoint.close()
         return code
 
     def meta(self) -> dict[str, Any]:

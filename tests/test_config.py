@@ -84,8 +84,8 @@ def test_arguments_take_the_type_of_their_default():
         ("sise=tiny", ["'sise'", "allowed: layers, size, smoke"]),
         ("size=huge", ["'huge'", "base, tiny"]),
         ("size", ["size", "base, tiny"]),
-        pytest.param("layers=many", ["layers", "many"], marks=pytest.mark.xfail(raises=ValueError, strict=True)),
-        pytest.param("smoke=maybe", ["smoke", "maybe"], marks=pytest.mark.xfail(strict=True, reason="means true")),
+        pytest.param("layers=many", ["layers", "many"]),
+        pytest.param("smoke=maybe", ["smoke", "maybe"]),
     ],
 )
 def test_wrong_arguments_are_named(arg, parts):
@@ -163,10 +163,7 @@ def test_wrong_overrides_are_named(override, parts):
     assert all(part in message for part in parts), message
 
 
-unhashable = pytest.param("{[]: 1}", marks=pytest.mark.xfail(strict=True, raises=TypeError))
-
-
-@pytest.mark.parametrize("text", [unhashable, "1 +", "(", "\\", "[1, 2", "a.b", "lambda: 0", "9" * 5000])
+@pytest.mark.parametrize("text", ["{[]: 1}", "1 +", "(", "\\", "[1, 2", "a.b", "lambda: 0", "9" * 5000])
 def test_odd_values_are_a_type_error_of_the_user(text):
     assert "expected int" in mistake(TINY, f"train.steps={text}")
 
@@ -205,11 +202,9 @@ def test_unknown_names_list_the_choices(override, parts):
         ("del config['mesh']", ["a config has the blocks", "mesh"]),
         pytest.param(
             "config.model.positions.kernal = 5", ["config.model.positions has no 'kernal'", "kernel"],
-            marks=pytest.mark.xfail(strict=True, reason="model.positions is not checked"),
         ),
         pytest.param(
             "del config.task['name']", ["config.task needs name"],
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError),
         ),
     ],
 )  # fmt: skip
@@ -236,12 +231,11 @@ def test_what_the_program_gives_is_not_the_users_to_set():
 
 @pytest.mark.parametrize(("room", "find"), [("tasks", task_class), ("evals", eval_class)])
 def test_every_file_of_a_room_is_found_by_its_name(room, find):
-    names = [p.stem for p in (REPO / "speechjax" / room).glob("*.py") if p.stem != "__init__"]
+    names = [p.stem for p in (REPO / "speechjax" / room).glob("*.py") if not p.stem.startswith("_")]
     used = {re.sub("_", "", n) for n in names}
     assert "wav2vec2" in used or "loss" in used
     for name in names:
-        if name != "linear_probe":
-            assert find(name).__module__ == f"speechjax.{room}.{name}"
+        assert find(name).__module__ == f"speechjax.{room}.{name}"
 
 
 # ---- the workdir
@@ -321,7 +315,7 @@ def test_a_key_that_is_gone_or_new_is_a_change(tmp_path):
     "content",
     [
         b"", b"{", b"\0" * 100, b'{"train": {"seed": 0}, ', b"[]", b"3",
-        pytest.param(b"\xff\xfe{", marks=pytest.mark.xfail(strict=True, raises=UnicodeDecodeError)),
+        pytest.param(b"\xff\xfe{"),
     ],
 )  # fmt: skip
 def test_a_torn_config_is_named(tmp_path, content):
@@ -331,7 +325,6 @@ def test_a_torn_config_is_named(tmp_path, content):
     assert (tmp_path / "config.json").read_bytes() == content
 
 
-@pytest.mark.xfail(strict=True, raises=(FileExistsError, NotADirectoryError))
 def test_a_workdir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="run"):

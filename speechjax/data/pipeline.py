@@ -3,9 +3,11 @@
 Shapes: R rows of this host, S samples.
 """
 
+import collections
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,17 +139,17 @@ def open_data(
 
 
 def _held_out(records: Records, seconds: float) -> np.ndarray:
-    """Indices of the held-out examples; segments of one recording stay together."""
-
-    def rank(i):
-        return hashlib.sha256(records.ids[i].split("#")[0].encode()).digest()
-
-    if len(records.ids) < 2:
+    """Indices of the held-out examples: whole recordings in the order of a hash, as many as fit, at least one."""
+    segments: dict[str, list[int]] = collections.defaultdict(list)
+    for i, name in enumerate(records.ids):
+        segments[re.sub(r"#\d{4,}$", "", name)].append(i)
+    if len(segments) < 2:
         raise UserError("only one usable recording; at least two are needed, one of them to hold out")
-    order = sorted(range(len(records.ids)), key=lambda i: (rank(i), records.ids[i]))
-    total = np.cumsum(records.lengths[order])
-    target = min(seconds * SAMPLE_RATE, total[-1] / 10)
-    n = max(1, int(np.searchsorted(total, target, side="right")))
-    while n < len(order) - 1 and rank(order[n]) == rank(order[n - 1]):
-        n += 1
-    return np.sort(np.array(order[:n]))
+    size = {name: int(records.lengths[own].sum()) for name, own in segments.items()}
+    room = min(seconds * SAMPLE_RATE, sum(size.values()) / 10)
+    chosen: list[int] = []
+    for name in sorted(segments, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if size[name] <= room:
+            chosen += segments[name]
+            room -= size[name]
+    return np.sort(np.array(chosen or segments[min(size, key=lambda name: (size[name], name))]))

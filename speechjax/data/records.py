@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speechjax.data.decode import SAMPLE_RATE, BadAudio
 from speechjax.data.sources import Item, Source, digest, open_source
-from speechjax.errors import TooManyRejected, UserError
+from speechjax.errors import TooManyRejectedError, UserError
 
 log = logging.getLogger("speechjax")
 
@@ -195,8 +195,8 @@ def _check_share(source: str, usable: int, rejected: list[dict[str, str]], allow
     found = f"{100 * share:.3g} % of {usable + len(rejected):,} recordings are unusable: {_reasons(rejected)}"
     example = f"for example {rejected[0]['id']!a} ({rejected[0]['reason']})"
     if not usable:
-        raise TooManyRejected(f"{source}: nothing to train on; {found}; {example}", rejected)
-    raise TooManyRejected(
+        raise TooManyRejectedError(f"{source}: nothing to train on; {found}; {example}", rejected)
+    raise TooManyRejectedError(
         f"{source}: {found}; {example}. Allowed are {100 * allowed:.3g} %: repair them, leave them out with "
         "--config.data.exclude, or raise --config.data.max_bad_share",
         rejected,

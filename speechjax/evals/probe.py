@@ -18,7 +18,7 @@ from speechjax.data.pipeline import SAMPLE_RATE, read_rows
 from speechjax.data.plan import Plan, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.errors import UserError
-from speechjax.evals import linear_probe
+from speechjax.evals import _linear_probe as linear_probe
 from speechjax.step import batch_shapes, init_state
 from speechjax.train import Job
 

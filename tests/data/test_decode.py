@@ -46,9 +46,7 @@ def test_resampling_keeps_pitch_level_and_length(tmp_path, rate):
     assert abs(len(pcm) - np.ceil(len(audio) * 16_000 / rate)) <= 1
     assert abs(frequency(pcm) - 440) <= 16_000 / len(pcm)  # one bin
     middle = pcm[2_000:-2_000] / 32_768
-    assert np.std(middle) == pytest.approx(
-        0.3 / np.sqrt(2), rel=0.01
-    )  # edges ring, and the tone is not whole periods
+    assert np.std(middle) == pytest.approx(0.3 / np.sqrt(2), rel=0.01)  # edges ring, and the tone is not whole periods
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.aiff", "a.au", "a.caf", "a.w64", "wrong_extension.mp3"])

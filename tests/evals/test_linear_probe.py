@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from speechjax.errors import UserError
-from speechjax.evals import linear_probe
-from speechjax.evals.linear_probe import leave_one_group_out
+from speechjax.evals import _linear_probe as linear_probe
+from speechjax.evals._linear_probe import leave_one_group_out
 
 SPEAKERS = ("anna", "ben", "carla", "dan")
 WORDS = ("yes", "no", "maybe")
