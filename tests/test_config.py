@@ -105,7 +105,7 @@ def test_a_missing_file_is_named():
     ("override", "value"),
     [
         ("train.steps=7", 7),
-        ("train.steps=-7", -7),
+        ("train.patience=-7", -7),
         ("optim.learning_rate=0.25", 0.25),
         ("optim.learning_rate=1e-4", 1e-4),
         ("optim.learning_rate=3", 3.0),

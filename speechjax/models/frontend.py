@@ -42,8 +42,6 @@ def windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
     needed = (T - 1 + views) * stride
     x = jnp.pad(x, ((0, 0), (0, max(0, needed - S)), (0, 0)))[:, :needed]
     blocks = x.reshape(B, T - 1 + views, stride * C)
-    if views == 1:
-        return blocks
     widths = [min(stride, kernel - i * stride) * C for i in range(views)]
     return jnp.concatenate([blocks[:, i : i + T, :w] for i, w in enumerate(widths)], axis=-1)
 

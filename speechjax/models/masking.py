@@ -62,4 +62,4 @@ def sample_negatives(key: jax.Array, counts: jax.Array, slots: int, negatives: i
     # u * others may round up to `others` in float32.
     drawn = jnp.minimum(jnp.floor(u * others.astype(jnp.float32)).astype(jnp.int32), others - 1)
     own = jnp.arange(slots, dtype=jnp.int32)[None, :, None]
-    return drawn + (drawn >= own).astype(jnp.int32)
+    return jnp.minimum(drawn + (drawn >= own).astype(jnp.int32), slots - 1)

@@ -54,9 +54,9 @@ class ConvPositions(nn.Module):
         K, D = self.kernel, x.shape[-1]
         std = math.sqrt(4 / (K * D))
         v = self.param("direction", nn.initializers.normal(std), (K, D // self.groups, D))
-        norm = jnp.sqrt(jnp.sum(v * v, axis=(1, 2), keepdims=True))
-        gain = self.param("gain", lambda _: norm)
+        squared_norm = jnp.sum(v * v, axis=(1, 2), keepdims=True)
+        gain = self.param("gain", lambda _: jnp.sqrt(squared_norm))
         bias = self.param("bias", nn.initializers.zeros, (D,))
-        kernel = v * (gain * lax.rsqrt(jnp.maximum(norm * norm, 1e-24)))
+        kernel = v * (gain * lax.rsqrt(jnp.maximum(squared_norm, 1e-24)))
         y = grouped_conv(x, kernel.astype(self.dtype), self.groups)
         return gelu(y + bias.astype(self.dtype)[None, None])

@@ -49,4 +49,6 @@ class GumbelQuantizer(nn.Module):
 
 def perplexity(mean_probs: jax.Array) -> jax.Array:
     """exp of the entropy, [..., V] -> [...]: the number of codes effectively in use."""
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(mean_probs, mean_probs), axis=-1))
+    # Not xlogy: its gradient is NaN where a probability has underflowed to zero.
+    log = jnp.log(jnp.maximum(mean_probs, jnp.finfo(mean_probs.dtype).tiny))
+    return jnp.exp(-jnp.sum(mean_probs * log, axis=-1))

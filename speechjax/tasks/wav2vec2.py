@@ -56,7 +56,8 @@ class Wav2Vec2(nn.Module):
 
     def gumbel_temperature(self, step: jax.Array) -> jax.Array:
         """Falls by a constant factor an update to a floor (section 4.2)."""
-        decayed = self.gumbel_start * self.gumbel_decay ** step.astype(jnp.float32)
+        # Not decay ** step: float32 rounds 0.999995, and 400 000 updates turn that into 0.3 %.
+        decayed = self.gumbel_start * jnp.exp(step.astype(jnp.float32) * math.log(self.gumbel_decay))
         return jnp.maximum(decayed, self.gumbel_floor)
 
     def __call__(self, batch: dict[str, jax.Array], *, step: jax.Array, train: bool) -> tuple[Sums, Sums]:
@@ -118,7 +119,8 @@ class Wav2Vec2(nn.Module):
         counts = jnp.sum(valid, axis=1).astype(jnp.int32)
         drawn = sample_negatives(negative_key, counts, positions.shape[1], self.negatives)
         # A negative with the target's own codes would be a second right answer: excluded, as published.
-        negative_BxMxK = jnp.take_along_axis(jnp.where(same_BxMxM, EXCLUDED, similar_BxMxM), drawn, axis=2)
+        usable_BxMxM = valid[:, None, :] & ~same_BxMxM
+        negative_BxMxK = jnp.take_along_axis(jnp.where(usable_BxMxM, similar_BxMxM, EXCLUDED), drawn, axis=2)
         positive_BxM = jnp.einsum("bmm->bm", similar_BxMxM)
         logits = jnp.concatenate([positive_BxM[..., None], negative_BxMxK], axis=-1)
         candidates = jnp.sum(negative_BxMxK > EXCLUDED / 2, axis=-1).astype(jnp.float32)

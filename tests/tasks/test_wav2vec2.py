@@ -27,13 +27,13 @@ def unequal(a, b) -> bool:
     return any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-# ------------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------------- sums and collapse
 
 
 def test_one_division_by_the_global_count(model):
     """Rows are independent, so sums add over the rows; a mean of the rows' means is something else."""
     _, params, run = model
-    together, _, _gradient = run(params, make_batch())
+    together, _, _ = run(params, make_batch())
     first, _, _ = run(params, make_batch(lengths=LENGTHS * [1, 0, 0]))
     second, _, _ = run(params, make_batch(lengths=LENGTHS * [0, 1, 0]))
     (a, m), (b, n) = first["contrastive"], second["contrastive"]
