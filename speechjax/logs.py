@@ -9,6 +9,7 @@ import math
 import os
 import re
 import socket
+import sys
 import time
 import wave
 from collections import deque
@@ -157,7 +158,9 @@ class Logs:
         self._alarms: set[str] = set()
         if not enabled:
             return
-        self._console = Console() if console is None else console
+        if console is None:  # a log file has no width; 80 columns would fold the tables
+            console = Console() if sys.stdout.isatty() else Console(width=160)
+        self._console = console
         with self._writing():
             (self.workdir / "report").mkdir(parents=True, exist_ok=True)
             _trim(self.workdir, start_step)
