@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     `os._exit`, because the exit barrier of a distributed job waits minutes for peers that a failed process has
     already let down.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    # orbax's background writers print tracebacks of errors that reach us anyway, and become one line below.
+    handler.addFilter(lambda record: record.name != "absl")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     log.setLevel(logging.INFO)
     try:
         code = run(argv)
