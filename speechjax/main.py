@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     log.setLevel(logging.INFO)
     # Every exception is caught below; what still gets here are echoes from the threads of a writer that failed.
-    sys.excepthook = lambda *_: None
+    sys.excepthook = sys.unraisablehook = lambda *_: None
     try:
         code = run(argv)
     except SystemExit as leaving:  # argparse
