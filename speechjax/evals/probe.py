@@ -24,7 +24,7 @@ from speechjax.train import Job
 
 RANDOM_SEED = 10_000  # far from the seeds people train with
 THIS, RANDOM, LOG_MEL, MFCC = "this encoder", "random-initialised encoder", "log-mel statistics", "MFCC statistics"
-METRICS = {THIS: "accuracy", RANDOM: "random_accuracy", LOG_MEL: "log_mel_accuracy", MFCC: "mfcc_accuracy"}
+METRICS = {THIS: "score", RANDOM: "score_random", LOG_MEL: "score_log_mel", MFCC: "score_mfcc"}  # in %
 
 
 class Labelled(NamedTuple):
