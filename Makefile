@@ -14,8 +14,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m speechjax.main --config=configs/pretrain/wav2vec2.py:size=tiny --workdir=runs/quickstart \
-	    --config.data.source=embedded --config.data.shapes=1 --config.data.batch_seconds=16.0 \
-	    --config.train.steps=240 --config.train.eval_every=60 --config.optim.warmup=60
+	    --config.data.source=embedded --config.data.shapes=1 --config.train.steps=360 --config.train.eval_every=120 \
+	    --config.optim.warmup=120 --config.task.gumbel_start=1.0
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
