@@ -76,7 +76,7 @@ def base() -> dict:
         ),
         data=dict(
             source="embedded",
-            crop_seconds=15.6,
+            crop_seconds=15.625,  # 250,000 samples
             batch_seconds=5600.0,  # 64 GPUs x 87.5 s
             shapes=4,
             row_multiple=64,
