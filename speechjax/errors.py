@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this, and the message says how."""
+"""The exceptions that mean: the user can fix this, and the message says how."""
 
 
 class UserError(Exception):

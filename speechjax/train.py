@@ -136,7 +136,8 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         first = jax.process_index() == 0
         with Logs(workdir, total_steps=schedule.steps, start_step=start, enabled=first) as logs:
             job = Job(task, config, data, mesh, workdir, logs)
-            shapes = data.shapes if start < schedule.steps else []
+            finished = start >= schedule.steps or best.exhausted
+            shapes = [] if finished else data.shapes
             programs = compile_steps(task, tx, mesh, abstract, shapes, seed=schedule.seed, log_every=schedule.log_every)
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
@@ -171,6 +172,8 @@ class Loop:
         batches = on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
         in_flight: collections.deque = collections.deque()
         code = DONE
+        if self.best.exhausted:  # stopped early before; given again, the command changes nothing
+            return code
         for step in range(start + 1, steps + 1):
             with self.clock.input_wait():
                 batch, samples = next(batches)
@@ -211,15 +214,16 @@ class Loop:
     def evaluate(self, state: State, step: int) -> None:
         """Runs the evaluators that are due, names their metrics <evaluator>/<metric>, keeps the best checkpoint."""
         number, found = step // self.schedule.eval_every, {}
+        due = {n: e for n, e in self.evaluators.items() if number % e.every == 0 or step == self.schedule.steps}
+        judge = self.schedule.best_metric.partition("/")[0]
         with self.clock.pause():
-            for name, evaluator in self.evaluators.items():
-                if number % evaluator.every and step != self.schedule.steps:
-                    continue
+            for name, evaluator in due.items():
                 metrics = evaluator(state.params, state.extra, step, name)
                 if metrics:
                     self.job.logs.write(step, name, metrics)
                     found.update({f"{name}/{k}": v for k, v in metrics.items()})
-            if self.best.update(step, found):
+            waits = judge in self.evaluators and judge not in due  # not an evaluation without the metric
+            if not waits and self.best.update(step, found):
                 self.best_checkpoint.save(step, state, self.meta(), force=True)
             if jax.process_index() == 0:
                 write_report(self.job.workdir)

@@ -237,12 +237,22 @@ def test_early_stopping_and_best_checkpoint(tmp_path):
     assert max(e["step"] for e in read_metrics(tmp_path)) == 6
     assert [p.name for p in (tmp_path / "best").iterdir() if p.name.isdigit()] == ["2"]
     assert (tmp_path / "checkpoints/6").is_dir()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config, Noise(), tmp_path) == DONE  # given again: stopped is stopped
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "checkpoints/7").exists()
 
 
 def test_best_metric_that_is_not_evaluated_is_named(tmp_path):
     config = smoke_config("train.best_metric=valid/wer", "train.eval_every=2")
     with pytest.raises(UserError, match=r"valid/wer.*valid/contrastive"):
         train(config, Noise(), tmp_path)
+
+
+def test_best_metric_of_an_evaluator_that_is_not_always_due(tmp_path):
+    config = smoke_config("train.steps=4", "train.eval_every=1", "evals.valid.every=2")
+    assert train(config, Noise(), tmp_path) == DONE
+    assert [e["step"] for e in read_metrics(tmp_path) if e["split"] == "valid"] == [2, 4]
 
 
 def test_best_minimum_and_patience():
