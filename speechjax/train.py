@@ -15,8 +15,9 @@ import numpy as np
 from speechjax import config as configs
 from speechjax import sharding
 from speechjax.checkpoint import Checkpoints
+from speechjax.clock import StepClock
 from speechjax.errors import UserError
-from speechjax.logs import Logs, StepClock
+from speechjax.logs import Logs
 from speechjax.optim import make_optimizer
 from speechjax.report import write_report
 from speechjax.step import State, batch_shapes, compile_steps, init_state

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from speechjax.clock import StepClock
 from speechjax.errors import UserError
-from speechjax.logs import Logs, StepClock, read_metrics
+from speechjax.logs import Logs, read_metrics
 
 
 def quiet() -> Console:

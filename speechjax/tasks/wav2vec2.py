@@ -45,7 +45,6 @@ class Wav2Vec2(nn.Module):
     feature_grad_scale: float
     feature_dropout: float
 
-    needs = ("audio",)
     rngs = ("dropout", "gumbel", "layerdrop", "mask")
 
     def setup(self):
