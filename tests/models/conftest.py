@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from speechjax.models.encoder import SpeechEncoder
+from tests.drawing import draw_params
 
 
 @pytest.fixture(scope="session")
@@ -35,13 +34,6 @@ def random_params() -> Callable[..., Any]:
 
     def draw(module: Any, *args: Any, **kwargs: Any) -> Any:
         shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
-        rng = np.random.default_rng(0)
-
-        def leaf(path, shape):
-            centre = 1.0 if path[-1].key in ("scale", "gain") else 0.0
-            width = 1 / np.sqrt(np.prod(shape.shape[:-1]) + 1)
-            return jnp.asarray(centre + width * rng.normal(size=shape.shape), shape.dtype)
-
-        return jax.tree_util.tree_map_with_path(leaf, shapes)
+        return draw_params(shapes)
 
     return draw

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.drawing import draw_params
+
 SAMPLES, FRAMES = 500, 24
 LENGTHS = np.array([500, 361, 0], np.int32)  # 24, 17 and no frames
 STREAMS = ("mask", "gumbel", "dropout", "layerdrop")
@@ -15,14 +17,7 @@ def random_params(task) -> dict[str, Any]:
     """Parameters drawn around zero, scales around one; no compilation."""
     rngs = {name: jax.random.key(0) for name in ("params", *STREAMS)}
     shapes = jax.eval_shape(lambda: task.init(rngs, make_batch(), step=jnp.int32(0), train=True))["params"]
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        centre = 1.0 if path[-1].key in ("scale", "gain") else 0.0
-        width = 1 / np.sqrt(np.prod(shape.shape[:-1]) + 1)
-        return jnp.asarray(centre + width * rng.normal(size=shape.shape), shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return draw_params(shapes)
 
 
 def make_batch(audio_seed: int = 0, lengths: np.ndarray = LENGTHS) -> dict[str, np.ndarray]:
