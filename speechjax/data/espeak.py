@@ -1,4 +1,4 @@
-"""The door to eSpeak NG: text in, speech and its aligned phones out; the same bytes whatever was said before.
+"""The door to eSpeak NG: text in, speech and its aligned phones out, or phones alone; whatever was said before.
 
 The library is process-wide, not re-entrant, changes the locale, and keeps state from one utterance to the next. So it
 lives in a process of its own (`espeak_worker.py`), started at the first call and ended with this one.
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from speechjax.errors import UserError
 
 SAMPLE_RATE = 22050
 SILENCE = "sil"
-_INSTEAD = "or use your own audio with --config.data.source=folder:DIR"
+_OTHER_AUDIO = "or use your own audio with --config.data.source=folder:DIR"
+_OTHER_TOKENS = "or choose characters instead of phonemes"
 _LOCK = threading.Lock()
 
 # What is left when stress is taken off: hyphens and carets of eSpeak's own notation, one vowel that has no IPA name
@@ -29,6 +31,8 @@ _LOCK = threading.Lock()
 _STRIP = str.maketrans("", "", "ˈˌ-^")
 _RENAME = {'u"': "ʉ", "ɐ̃ʊ": "ɐ̃ʊ̃", "ss": "s"}
 _MODIFIERS = ("ʲ",)
+# Marks in phonemised text where eSpeak takes another language's rules for a word, and returns: (en) ... (ru).
+_LANGUAGE = re.compile(r"\([a-z0-9-]+\)")
 
 
 class Voice(NamedTuple):
@@ -48,16 +52,18 @@ class Phone(NamedTuple):
     end: int
 
 
+class _Unusable(Exception):  # noqa: N818 - half of a message, whose other half is the caller's
+    """eSpeak NG is missing or does not load; the message says why, and how to get it."""
+
+
 class _Worker:
-    """A running `espeak_worker.py`. Raises UserError where eSpeak NG is missing or does not load."""
+    """A running `espeak_worker.py`. Raises _Unusable where eSpeak NG is missing or does not load."""
 
     def __init__(self) -> None:
         try:
             import espeakng_loader
         except ImportError:
-            raise UserError(
-                f"the embedded corpus speaks with eSpeak NG: run `pip install espeakng-loader`, {_INSTEAD}"
-            ) from None
+            raise _Unusable("eSpeak NG is not installed: run `pip install espeakng-loader`") from None
         script = Path(__file__).with_name("espeak_worker.py")
         paths = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
         # A session of its own: Ctrl-C is for the caller, whose end closes the pipe and so ends the worker.
@@ -70,9 +76,8 @@ class _Worker:
         atexit.register(self.close)
         header = self._read_header()
         if "error" in header:
-            raise UserError(
-                f"eSpeak NG does not load ({header['error']}): "
-                f"run `pip install --force-reinstall espeakng-loader`, {_INSTEAD}"
+            raise _Unusable(
+                f"eSpeak NG does not load ({header['error']}): run `pip install --force-reinstall espeakng-loader`"
             )
         if header["sample_rate"] != SAMPLE_RATE:
             raise RuntimeError(f"eSpeak NG speaks at {header['sample_rate']} Hz, expected {SAMPLE_RATE}")
@@ -85,7 +90,7 @@ class _Worker:
         return json.loads(line)
 
     def ask(self, request: dict) -> tuple[list, np.ndarray]:
-        """Phoneme events (name, first sample) and int16 samples."""
+        """The answer's phonemes, as the worker gives them for this verb, and its int16 samples."""
         assert self._process.stdin
         assert self._process.stdout
         try:
@@ -124,9 +129,37 @@ def speak(text: str, voice: Voice) -> tuple[np.ndarray, list[Phone]]:
 
     Raises UserError without eSpeak NG, ValueError for a voice or a text that it refuses.
     """
-    with _LOCK:
-        events, audio = _worker(os.getpid()).ask({"text": text, **voice._asdict()})
+    events, audio = _ask({"verb": "speak", "text": text, **voice._asdict()}, instead=_OTHER_AUDIO)
     return audio, _align(events, audio)
+
+
+def phonemize(text: str, language: str) -> list[str]:
+    """The phones of `text` as a voice of `language`, such as "de" or "en-us", would speak it; [] where it is silent.
+
+    A pure function of its arguments (for one version of the library), thread-safe. Numbers, abbreviations and emoji
+    are read out. Symbols are those of `speak`, IPA without stress marks, with neither word boundaries nor pauses; only
+    the long consonants of Italian and some long vowels keep a length mark that eSpeak's events of speech lack.
+
+    Raises UserError without eSpeak NG, ValueError for a language or a text that it refuses.
+    """
+    # To the library a zero byte is the text's end.
+    request = {"verb": "phonemize", "text": text.replace("\0", " "), "name": language}
+    clauses, _ = _ask(request, instead=_OTHER_TOKENS)
+    names = re.split("[_ ]", " ".join(_LANGUAGE.sub("", clause) for clause in clauses))
+    return [symbol for symbol in map(_symbol, names) if symbol]
+
+
+def _ask(request: dict, instead: str) -> tuple[list, np.ndarray]:
+    try:
+        with _LOCK:
+            return _worker(os.getpid()).ask(request)
+    except _Unusable as error:
+        raise UserError(f"{error}, {instead}") from None
+
+
+def _symbol(name: str) -> str:
+    name = name.translate(_STRIP)
+    return _RENAME.get(name, name)
 
 
 def _align(events: list[tuple[str, int]], audio: np.ndarray) -> list[Phone]:
@@ -135,8 +168,7 @@ def _align(events: list[tuple[str, int]], audio: np.ndarray) -> list[Phone]:
     quiet = 0.1 * _rms(audio)
     phones: list[Phone] = []
     for name, start, end in zip(["", *(name for name, _ in events)], starts, starts[1:], strict=False):
-        symbol = name.translate(_STRIP)
-        symbol = _RENAME.get(symbol, symbol)
+        symbol = _symbol(name)
         if not symbol and start == end:
             continue
         if not symbol and (not phones or _rms(audio[start:end]) < quiet):

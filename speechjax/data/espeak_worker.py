@@ -1,8 +1,10 @@
 """The process that owns eSpeak NG: one JSON request a line on stdin, one JSON header line and raw PCM on stdout.
 
+A request {"verb": "speak" | "phonemize", "text", "name" of the voice, ...} is answered in one of the two ways.
+
 Run as a script by `speechjax.data.espeak`. It imports the standard library only, so it starts in 20 ms and may fork.
 eSpeak NG keeps state between utterances that nothing resets (the phase of its pitch flutter, the random numbers of
-breath, the gain control), so each request is spoken by a fork of the freshly initialised process: what was said
+breath, the gain control), so each request is served by a fork of the freshly initialised process: what was said
 before cannot be heard. A text that crashes the library costs that one answer.
 """
 
@@ -16,6 +18,7 @@ OPTIONS = 0x0001 | 0x0002 | 0x8000  # phoneme events, named in IPA; return on an
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 END_OF_LIST, PHONEME = 0, 7  # espeak_EVENT_TYPE
 UTF8, BY_CHARACTER = 1, 1
+IN_IPA = 2 | ord("_") << 8  # phoneme mode: IPA names, with "_" between them
 
 
 class _Event(ctypes.Structure):
@@ -45,6 +48,8 @@ def _initialise(library: str, data: str) -> tuple[ctypes.CDLL, int]:
         ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int,
         ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
+    espeak.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
+    espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
     espeak.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
     # The library truncates paths at 160 bytes, and a virtual environment's is easily longer: pass a relative one.
     os.chdir(os.path.dirname(data))
@@ -71,8 +76,6 @@ def _speak(espeak: ctypes.CDLL, request: dict) -> tuple[dict, bytes]:
             i += 1
         return 0
 
-    if espeak.espeak_SetVoiceByName(request["name"].encode()) != 0:
-        return {"error": f"has no voice {request['name']!r}"}, b""
     # At the default volume, 100, the louder voices saturate.
     settings = {VOLUME: 60, RATE: request["rate"], PITCH: request["pitch"], RANGE: request["range"]}
     for parameter, value in settings.items():
@@ -84,6 +87,21 @@ def _speak(espeak: ctypes.CDLL, request: dict) -> tuple[dict, bytes]:
         return {"error": f"failed to speak {request['text']!r}"}, b""
     espeak.espeak_Synchronize()
     return {"bytes": len(pcm), "phonemes": phonemes}, bytes(pcm)
+
+
+def _phonemize(espeak: ctypes.CDLL, request: dict) -> tuple[dict, bytes]:
+    """The answer's header, with one string a clause: words separated by spaces, their phonemes by "_"; no samples."""
+    text = ctypes.create_string_buffer(request["text"].encode())
+    rest, clauses = ctypes.c_void_p(ctypes.addressof(text)), []
+    while rest.value is not None:
+        clauses.append(espeak.espeak_TextToPhonemes(ctypes.byref(rest), UTF8, IN_IPA).decode())
+    return {"phonemes": clauses}, b""
+
+
+def _serve(espeak: ctypes.CDLL, request: dict) -> tuple[dict, bytes]:
+    if espeak.espeak_SetVoiceByName(request["name"].encode()) != 0:
+        return {"error": f"has no voice {request['name']!r}"}, b""
+    return {"speak": _speak, "phonemize": _phonemize}[request["verb"]](espeak, request)
 
 
 def _answer(header: dict, pcm: bytes = b"") -> None:
@@ -101,7 +119,7 @@ def main(library: str, data: str) -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _answer(*_speak(espeak, json.loads(line)))
+            _answer(*_serve(espeak, json.loads(line)))
             os._exit(0)
         if os.waitpid(child, 0)[1] != 0:
             _answer({"error": f"crashed on {line.strip()}"})
