@@ -16,12 +16,15 @@ def attention(
     dropout: nn.Dropout | None = None,
     deterministic: bool = True,
 ) -> jax.Array:
-    """Scaled dot-product attention over the valid keys: [B, T, H, E] x 3, int32 [B] -> [B, T, H, E].
+    """Scaled dot-product attention over the valid keys: [B, T, H, E] x 3, int32 [B] or [B, T] -> [B, T, H, E].
 
-    Softmax runs in float32 whatever the compute dtype.  A row of length zero attends evenly and stays finite.
+    Keys of another segment of a packed row are not valid (`lengths`: see layers.py).  Softmax runs in float32
+    whatever the compute dtype.  A frame without any valid key attends evenly and stays finite.
     """
     logits_BxHxTxT = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     valid = frame_mask(lengths, k.shape[1])[:, None, None, :]
+    if lengths.ndim == 2:
+        valid = valid & (lengths[:, None, :, None] == lengths[:, None, None, :])
     weights = jax.nn.softmax(jnp.where(valid, logits_BxHxTxT, jnp.finfo(jnp.float32).min)).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights, deterministic=deterministic)
@@ -29,7 +32,7 @@ def attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] -> [B, T, D]."""
+    """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] or [B, T] -> [B, T, D]."""
 
     heads: int
     dropout: float = 0.0

@@ -1,6 +1,7 @@
 """The speech encoder: front end, projection, transformer.
 
-Shapes: B batch, S samples, T frames, C channels, D width.
+Shapes: B batch, S samples, T frames, C channels, D width, G segments.  `lengths` is int32 [B], or [B, T] for packed
+rows: see layers.py.
 """
 
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
 from speechjax.models.frontend import WaveformExtractor
 from speechjax.models.layers import LayerNorm, fan_in_uniform, gelu, shard_batch, zero_padding
-from speechjax.models.positions import ConvPositions
+from speechjax.models.positions import FRAMES_PER_ROW, ConvPositions
 
 FRONTENDS = {"waveform": WaveformExtractor}
 
 
 class TransformerLayer(nn.Module):
-    """One layer; `norm` "post" (Base) or "pre" (Large): [B, T, D], [B] -> [B, T, D]."""
+    """One layer; `norm` "post" (Base) or "pre" (Large): [B, T, D], [B] or [B, T] -> [B, T, D]."""
 
     heads: int
     mlp: int
@@ -58,7 +59,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Convolutional positions, then `layers` layers: [B, T, D], [B] -> ([B, T, D], hidden states).
+    """Convolutional positions, then `layers` layers: [B, T, D], [B] or [B, T] -> ([B, T, D], hidden states).
 
     `norm="post"` normalises after the positions, "pre" after the last layer.  Hidden states (asked for with
     `hidden=True`, else an empty list) are the input of the first layer and the output of each; with "pre" the
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
         if self.norm not in ("post", "pre"):
             raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre'")
         x = zero_padding(x, lengths)
-        x = x + ConvPositions(dtype=self.dtype, name="positions", **self.positions)(x)
+        x = x + ConvPositions(dtype=self.dtype, name="positions", **self.positions)(x, lengths)
         if self.norm == "post":
             x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -126,7 +127,7 @@ class Transformer(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """`frames` [B, T, D], `lengths` [B], and on demand every hidden state [B, T, D]."""
+    """`frames` [B, T, D], `lengths` [B] (packed rows: [B, T]), and on demand every hidden state [B, T, D]."""
 
     frames: jax.Array
     lengths: jax.Array
@@ -138,6 +139,11 @@ class SpeechEncoder(nn.Module):
 
     `__call__` goes from batch to `Encoded`.  Pretraining tasks use the halves: `extract` (batch to features) and
     `contextualize` (features, perhaps masked, to `Encoded`).
+
+    A batch is {audio int16 or float [B, S], lengths int32 [B]} and perhaps {mean, std [B]} of the recordings.  In a
+    packed batch a row holds up to G utterances: {starts, lengths int32 [B, G], mean, std [B, G]}.  Segment g is the
+    lengths[g] samples from starts[g], a multiple of `segment_align()`; segments are in order and do not overlap,
+    those that do not exist come last and have length 0, and what is between them does not matter.
     """
 
     frontend: dict[str, Any]
@@ -176,13 +182,33 @@ class SpeechEncoder(nn.Module):
 
     def frame_len(self) -> tuple[int, int]:
         """(samples from one frame to the next, samples the first frame takes beyond that)."""
+        return self._detached_front().frame_len()
+
+    def packs(self) -> bool:
+        """Whether the front end can tell the utterances of a packed row apart."""
+        return self._detached_front().packs()
+
+    def segment_align(self) -> int:
+        """Samples of which the start of every segment of a packed row is a multiple."""
+        hop, _ = self.frame_len()
+        return hop * FRAMES_PER_ROW
+
+    def _detached_front(self):
         front = dict(self.frontend)
-        return FRONTENDS[front.pop("name")](**front, parent=None).frame_len()
+        return FRONTENDS[front.pop("name")](**front, parent=None)
 
     def extract(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Features of the front end before any norm: {audio [B, S], lengths [B]} -> ([B, T, C], [B])."""
+        """Features of the front end before any norm: batch -> ([B, T, C], [B] or [B, T]).
+
+        Raises UserError for packed rows where not `packs()`.  Rows with a misaligned segment become NaN: a compiled
+        program cannot raise, and the loop stops on NaN.
+        """
         statistics = (batch["mean"], batch["std"]) if "mean" in batch else None
-        features, lengths = self.front(batch["audio"], batch["lengths"], statistics)
+        starts = batch.get("starts")
+        features, lengths = self.front(batch["audio"], batch["lengths"], statistics, starts)
+        if starts is not None:
+            aligned = jnp.all((starts % self.segment_align() == 0) | (batch["lengths"] == 0), axis=1)
+            features = jnp.where(aligned[:, None, None], features, jnp.nan)
         return shard_batch(features), lengths
 
     def contextualize(

@@ -1,4 +1,4 @@
-"""Front ends: waveform in, frames out.  Shapes: B batch, S samples, T frames, C channels, K kernel."""
+"""Front ends: waveform in, frames out.  Shapes: B batch, S samples, T frames, C channels, K kernel, G segments."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from speechjax.errors import UserError
-from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, zero_padding
+from speechjax.models.layers import (
+    LayerNorm,
+    at_segments,
+    fan_in_uniform,
+    frame_mask,
+    gelu,
+    segment_ids,
+    zero_padding,
+)
 
 # wav2vec 2.0 section 4.2: seven layers, 320 samples (20 ms) a frame, receptive field 400 samples.
 KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -99,6 +107,11 @@ class WaveformExtractor(nn.Module):
     `norm="group"` normalises the first layer over time (Base); `"layer"` normalises every layer over channels
     (Large).  `normalize` gives each waveform zero mean and unit variance first, from `statistics` (mean and
     standard deviation of the whole recording, [B] each) where given, else from the valid samples of the row.
+
+    Packed rows come with `starts`, the first samples of their segments, multiples of the hop; starts, `lengths` and
+    `statistics` are then [B, G] (length 0: no such segment) and the second output is segment ids [B, T] (`lengths`:
+    see layers.py).  A segment has the frames it would have alone; frames that reach past its end belong to none.
+    Raises UserError for packed rows with `norm="group"`.
     """
 
     channels: Sequence[int] = (512,) * 7
@@ -121,15 +134,31 @@ class WaveformExtractor(nn.Module):
             field = (field - 1) * stride + kernel
         return hop, field - hop
 
+    def packs(self) -> bool:
+        """Whether rows may hold several utterances: not with statistics over time, which would mix them."""
+        return self.norm != "group"
+
     @nn.compact
     def __call__(
-        self, audio: jax.Array, lengths: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None
+        self,
+        audio: jax.Array,
+        lengths: jax.Array,
+        statistics: tuple[jax.Array, jax.Array] | None = None,
+        starts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         if self.norm not in ("group", "layer"):
             raise UserError(f"config.model.frontend.norm={self.norm!r}: expected 'group' or 'layer'")
+        if starts is not None and not self.packs():
+            raise UserError(
+                f"config.model.frontend.norm={self.norm!r} normalises over time and would mix the utterances of a "
+                "packed row: use 'layer', or batches of one utterance a row"
+            )
+        hop, _ = self.frame_len()
         x = as_float(audio)
-        if self.normalize:
+        if self.normalize and starts is None:
             x = _normalize(x, lengths, statistics)
+        elif self.normalize:
+            x = _normalize_segments(x, starts, lengths, statistics, hop)
         x = x[..., None]
         layers = list(zip(self.channels, self.kernels, self.strides, strict=True))
         for i, (channels, K, stride) in enumerate(layers):
@@ -146,6 +175,8 @@ class WaveformExtractor(nn.Module):
                 x = LayerNorm(out_dtype=self.dtype, name=f"norm{i}")(x)
             x = gelu(x)
         lengths = self.out_len(lengths)
+        if starts is not None:
+            lengths = segment_ids(starts // hop, lengths, x.shape[1])
         return zero_padding(x, lengths), lengths
 
 
@@ -158,3 +189,32 @@ def _normalize(x, lengths, statistics):
     else:
         mean, std = statistics
     return (x - mean[:, None]) * lax.rsqrt(std**2 + 1e-7)[:, None]
+
+
+def _normalize_segments(x, starts, lengths, statistics, hop):
+    """`_normalize` for packed rows: float32 [B, S], int32 [B, G] x 2, ([B, G], [B, G]) or None -> [B, S].
+
+    Segments start at multiples of `hop`, so N blocks of `hop` samples have one segment each, and statistics are
+    looked up by block: a gather of every sample would be slow on accelerators.
+    """
+    (B, S), G = x.shape, starts.shape[1]
+    N = -(-S // hop)
+    x = jnp.pad(x, ((0, 0), (0, N * hop - S))).reshape(B, N, hop)
+    ids = segment_ids(starts // hop, -(-lengths // hop), N)
+    at_blocks = lambda values: at_segments(values, ids)[..., None]  # noqa: E731
+    if statistics is None:
+        time = jnp.arange(N * hop, dtype=jnp.int32).reshape(1, N, hop)
+        valid = (ids > 0)[..., None] & (time < at_blocks(starts + lengths))
+        own_BxNxG = ids[..., None] == jnp.arange(1, G + 1, dtype=jnp.int32)[None, None]
+        count = jnp.maximum(lengths, 1).astype(jnp.float32)
+
+        def average(values):
+            totals = jnp.sum(jnp.where(valid, values, 0), axis=2, keepdims=True)
+            return jnp.sum(jnp.where(own_BxNxG, totals, 0), axis=1) / count
+
+        mean = average(x)
+        std = jnp.sqrt(average((x - at_blocks(mean)) ** 2))
+    else:
+        mean, std = statistics
+    x = (x - at_blocks(mean)) * at_blocks(lax.rsqrt(std**2 + 1e-7))
+    return x.reshape(B, N * hop)[:, :S]

@@ -1,4 +1,10 @@
-"""Small pieces every model uses.  Shapes: B batch, T frames, D model width."""
+"""Small pieces every model uses.  Shapes: B batch, T frames, D model width, G segments a row.
+
+`lengths`, wherever a layer takes it, is one of two things, told apart by rank: int32 [B], the valid frames of each
+row; or, for packed rows that hold several utterances, the segment ids of all frames, int32 [B, T]: 0 is padding, 1 to
+G are the row's segments, each one run of frames, in order.  What a layer computes for a segment is what it computes
+for that utterance alone in a row.
+"""
 
 import math
 from typing import Any
@@ -38,13 +44,26 @@ def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
 
 
 def frame_mask(lengths: jax.Array, frames: int) -> jax.Array:
-    """True where a frame is inside its utterance: int32 [B] -> bool [B, T]."""
-    return jnp.arange(frames)[None, :] < lengths[:, None]
+    """True where a frame is inside an utterance: int32 [B] or [B, T] -> bool [B, T]."""
+    return jnp.arange(frames)[None, :] < lengths[:, None] if lengths.ndim == 1 else lengths > 0
 
 
 def zero_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Frames past the length become zero: [B, T, D], [B] -> [B, T, D]."""
+    """Frames outside every utterance become zero: [B, T, D], [B] or [B, T] -> [B, T, D]."""
     return jnp.where(frame_mask(lengths, x.shape[1])[..., None], x, jnp.zeros((), x.dtype))
+
+
+def segment_ids(starts: jax.Array, counts: jax.Array, frames: int) -> jax.Array:
+    """Ids of a row's segments from where they start and how many frames they have: int32 [B, G] x 2 -> [B, T]."""
+    time = jnp.arange(frames, dtype=jnp.int32)[None, :, None]
+    inside = (time >= starts[:, None]) & (time < (starts + counts)[:, None])
+    ids = jnp.arange(1, starts.shape[1] + 1, dtype=jnp.int32)[None, None]
+    return jnp.sum(jnp.where(inside, ids, 0), axis=2)
+
+
+def at_segments(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """Each frame's value of its segment, [B, G], [B, T] -> [B, T]; padding has that of the first segment."""
+    return jnp.take_along_axis(values, jnp.maximum(ids - 1, 0), axis=1)
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

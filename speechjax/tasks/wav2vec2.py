@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from speechjax.models.encoder import Encoded, SpeechEncoder
-from speechjax.models.layers import fan_in_uniform, scale_gradient
-from speechjax.models.masking import masked_slots, max_masked, sample_negatives, span_mask
+from speechjax.models.layers import fan_in_uniform, frame_mask, scale_gradient
+from speechjax.models.masking import masked_slots, max_masked, sample_negatives, slot_peers, span_mask
 from speechjax.models.quantizer import GumbelQuantizer, perplexity
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -22,10 +22,11 @@ EXCLUDED = -1e30  # finite: -inf minus -inf would be NaN in the gradient
 
 
 class Wav2Vec2(nn.Module):
-    """Batch {audio, lengths} -> ({loss: (sum, weight)}, {metric: (sum, weight)}).
+    """Batch of `SpeechEncoder`, packed or not -> ({loss: (sum, weight)}, {metric: (sum, weight)}).
 
-    Sums run over the whole global batch, so the loop's one division is by the global masked count (section 3.2,
-    and the published training code).  Randomness: streams `mask`, `gumbel`, `dropout`, `layerdrop`.
+    Every segment of a packed row is an utterance of its own: masks, negatives and context stay inside.  Sums run
+    over the whole global batch, so the loop's one division is by the global masked count (section 3.2, and the
+    published training code).  Randomness: streams `mask`, `gumbel`, `dropout`, `layerdrop`.
     """
 
     encoder: SpeechEncoder
@@ -86,7 +87,7 @@ class Wav2Vec2(nn.Module):
             "code_perplexity": (code_perplexity, one),
             "prob_perplexity": (prob_perplexity, one),
             "gumbel_temperature": (self.gumbel_temperature(step), one),
-            "masked_share": (n, jnp.sum(out["lengths"]).astype(jnp.float32)),
+            "masked_share": (n, out["frames"]),
         }
         return losses, metrics
 
@@ -95,14 +96,16 @@ class Wav2Vec2(nn.Module):
         features, lengths = self.encoder.extract(batch)
         features = scale_gradient(features, self.feature_grad_scale)
         T, C = features.shape[1:]
-        frames = jnp.maximum(jnp.sum(lengths), 1).astype(jnp.float32)
-        energy = jnp.sum(jnp.square(features.astype(jnp.float32))) / (frames * C)  # padding is zero
+        frames = jnp.sum(frame_mask(lengths, T)).astype(jnp.float32)
+        energy = jnp.sum(jnp.square(features.astype(jnp.float32))) / (jnp.maximum(frames, 1) * C)  # padding is zero
         features = self.encoder.feature_norm(features)
 
         mask_key, negative_key = jax.random.split(self.make_rng("mask"))
         masking: dict[str, Any] = dict(prob=self.mask_prob, span=self.mask_span)
         mask = span_mask(mask_key, lengths, T, **masking)
-        positions, valid = masked_slots(mask, max_masked(T, **masking))
+        segments = batch["starts"].shape[1] if "starts" in batch else 1
+        positions, valid = masked_slots(mask, max_masked(T, segments=segments, **masking))
+        peers = slot_peers(lengths, positions, valid)
         at_slots = lambda x: jnp.take_along_axis(x, positions[..., None], axis=1)  # noqa: E731
 
         # Targets see the unmasked features; only masked frames are quantized.
@@ -115,21 +118,21 @@ class Wav2Vec2(nn.Module):
         similar_BxMxM = jnp.einsum("bmp,bnp->bmn", context_BxMxP, target_BxMxP) / self.logit_temperature
         code = _code_id(quantized.codes, self.codes)
         same_BxMxM = code[:, :, None] == code[:, None, :]
-        counts = jnp.sum(valid, axis=1).astype(jnp.int32)
-        drawn = sample_negatives(negative_key, counts, positions.shape[1], self.negatives)
+        drawn = sample_negatives(negative_key, peers, self.negatives)
         # A negative with the target's own codes would be a second right answer: excluded, as published.
-        usable_BxMxM = valid[:, None, :] & ~same_BxMxM
+        usable_BxMxM = peers & ~same_BxMxM
         negative_BxMxK = jnp.take_along_axis(jnp.where(usable_BxMxM, similar_BxMxM, EXCLUDED), drawn, axis=2)
         positive_BxM = jnp.einsum("bmm->bm", similar_BxMxM)
         logits = jnp.concatenate([positive_BxM[..., None], negative_BxMxK], axis=-1)
         candidates = jnp.sum(negative_BxMxK > EXCLUDED / 2, axis=-1).astype(jnp.float32)
         return dict(
-            mask=mask, lengths=lengths, positions=positions, valid=valid, codes=quantized.codes, code=code,
-            probs=quantized.probs, energy=energy, similar=similar_BxMxM, candidates=candidates,
+            mask=mask, lengths=lengths, frames=frames, positions=positions, valid=valid, peers=peers,
+            codes=quantized.codes, code=code, probs=quantized.probs, energy=energy, similar=similar_BxMxM,
+            candidates=candidates,
             loss=jax.nn.logsumexp(logits, axis=-1) - positive_BxM,
             correct=(positive_BxM > jnp.max(negative_BxMxK, axis=-1)) & (candidates > 0),
             answerable=candidates > 0,
-            chance=_chance_accuracy(same_BxMxM, valid, counts, self.negatives),
+            chance=_chance_accuracy(same_BxMxM, valid, peers, self.negatives),
         )  # fmt: skip
 
     def features(self, batch: dict[str, jax.Array]) -> Encoded:
@@ -142,7 +145,7 @@ class Wav2Vec2(nn.Module):
         The predicted code is that of the most similar target among all masked frames of the utterance.
         """
         out = self._contrast(batch, step, train=False)
-        similar = jnp.where(out["valid"][:, None, :], out["similar"], EXCLUDED)
+        similar = jnp.where(out["peers"], out["similar"], EXCLUDED)
         predicted = jnp.take_along_axis(out["code"], jnp.argmax(similar, axis=2), axis=1)
         B, T = out["mask"].shape
         rows = jnp.arange(B)[:, None]
@@ -195,16 +198,16 @@ def _code_id(codes: jax.Array, codes_per_book: int) -> jax.Array:
     return combined
 
 
-def _chance_accuracy(same: jax.Array, valid: jax.Array, counts: jax.Array, negatives: int) -> jax.Array:
-    """Accuracy of guessing among the different candidates: [B, M, M] -> [B, M].
+def _chance_accuracy(same: jax.Array, valid: jax.Array, peers: jax.Array, negatives: int) -> jax.Array:
+    """Accuracy of guessing among the different candidates: bool [B, M, M], [B, M], [B, 1 or M, M] -> [B, M].
 
     1 / (1 + expected number of distinct wrong codes among the drawn negatives).  Repeated draws and repeated codes
     make it higher than 1 / (1 + K), most of all in short utterances.
     """
-    same = same & valid[:, None, :] & valid[:, :, None]
+    same = same & peers & valid[:, :, None]
     twins = jnp.sum(same, axis=2).astype(jnp.float32)  # frames with this slot's code, itself included
-    others = jnp.maximum(counts - 1, 1).astype(jnp.float32)[:, None]
+    others = jnp.maximum(jnp.sum(peers, axis=2) - 1, 1).astype(jnp.float32)
     drawn = 1 - jnp.maximum(1 - twins / others, 0) ** negatives  # P(a code with that many frames is drawn)
     first = valid & ~jnp.any(jnp.tril(same, -1), axis=2)
-    distinct = jnp.sum(jnp.where(first, drawn, 0), axis=1, keepdims=True)
+    distinct = jnp.sum(jnp.where(peers & first[:, None, :], drawn[:, None, :], 0), axis=2)
     return 1 / (1 + jnp.maximum(distinct - drawn, 0))

@@ -37,6 +37,19 @@ def test_padded_keys_change_nothing_and_valid_ones_do(qkv):
     assert np.abs(base - other).max() > 0.1, "negative control"
 
 
+def test_segments_of_a_packed_row_do_not_see_each_other(qkv):
+    ids = np.array([[1, 1, 1, 2, 2, 2, 2], [0, 1, 0, 2, 2, 0, 3], [0] * 7], np.int32)
+    run = jax.jit(lambda ids: attention(*qkv, lengths=ids))
+    y = np.asarray(run(ids))
+    assert np.isfinite(y).all()
+    q, k, v = np.asarray(qkv, np.float64)
+    for b, h, t in np.argwhere(np.repeat(ids[:, None] > 0, H, axis=1)):
+        seen = ids[b] == ids[b, t]
+        weights = np.exp(k[b, seen, h] @ q[b, t, h] / np.sqrt(E))
+        np.testing.assert_allclose(y[b, t, h], weights @ v[b, seen, h] / weights.sum(), atol=1e-6)  # float32
+    assert np.abs(run((ids > 0).astype(np.int32)) - y)[0].max() > 0.1, "negative control: one segment"
+
+
 def test_an_empty_row_stays_finite_also_backward(qkv):
     def loss(qkv):
         return jnp.sum(attention(*qkv, lengths=LENGTHS) ** 2)

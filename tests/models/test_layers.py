@@ -10,10 +10,12 @@ from scipy import special
 
 from speechjax.models.layers import (
     LayerNorm,
+    at_segments,
     fan_in_uniform,
     frame_mask,
     gelu,
     scale_gradient,
+    segment_ids,
     shard_batch,
     zero_padding,
 )
@@ -63,6 +65,19 @@ def test_frame_mask_and_zero_padding():
     zeroed = jax.jit(zero_padding)(nothing, lengths)
     assert zeroed.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(zeroed, np.float32)[..., 0] == 0, ~inside)
+
+
+def test_segment_ids_and_what_follows_from_them():
+    starts = np.array([[0, 2, 4], [3, 0, 0]], np.int32)
+    counts = np.array([[2, 0, 3], [1, 0, 0]], np.int32)
+    ids = jax.jit(segment_ids, static_argnums=2)(starts, counts, 7)
+    assert ids.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, [[1, 1, 0, 0, 3, 3, 3], [0, 0, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(frame_mask(ids, 7), np.asarray(ids) > 0)
+    np.testing.assert_array_equal(zero_padding(jnp.ones((2, 7, 1)), ids)[..., 0], np.asarray(ids) > 0)
+    values = np.array([[5, 6, 7], [8, 9, 9]], np.int32)
+    np.testing.assert_array_equal(at_segments(values, ids)[0], [5, 5, 5, 5, 7, 7, 7])
+    np.testing.assert_array_equal(at_segments(values, ids)[1], 8)
 
 
 def test_layer_norm_runs_in_float32_and_does_not_cancel():

@@ -1,6 +1,5 @@
 """Span masks, slots and negatives against loops over rows and frames."""
 
-import functools
 import math
 
 import jax
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from speechjax.models.masking import masked_slots, max_masked, sample_negatives, span_mask
+from speechjax.models.masking import masked_slots, max_masked, sample_negatives, slot_peers, span_mask
 
 ROWS, FRAMES = 8, 61
 RECIPES = [(0.65, 10), (0.8, 3), (0.3, 1), (0.05, 10)]  # probability, span
@@ -21,7 +20,8 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 
 jit_span_mask = jax.jit(span_mask, static_argnames=("frames", "prob", "span", "min_spans"))
 jit_slots = jax.jit(masked_slots, static_argnums=1)
-jit_negatives = jax.jit(sample_negatives, static_argnums=(2, 3))
+jit_peers = jax.jit(slot_peers)
+jit_negatives = jax.jit(sample_negatives, static_argnums=2)
 
 
 def draw_mask(seed: int, lengths, prob: float, span: int, frames: int = FRAMES) -> np.ndarray:
@@ -149,10 +149,16 @@ def test_slots_list_the_masked_frames_in_order(slots, seed, share):
         assert (positions[row] < 20).all(), "unused slots must point at a frame"
 
 
+def draw_negatives(seed: int, counts: list[int], slots: int, negatives: int) -> np.ndarray:
+    """For rows of one utterance with `counts` masked slots."""
+    peers = np.arange(slots) < np.array(counts)[:, None, None]
+    return np.asarray(jit_negatives(jax.random.key(seed), jnp.asarray(peers), negatives))
+
+
 @few
 @given(counts=st.lists(st.integers(0, 30), min_size=4, max_size=4), seed=seeds)
 def test_negatives_are_other_masked_slots_of_the_utterance(counts, seed):
-    drawn = np.asarray(jit_negatives(jax.random.key(seed), jnp.asarray(counts, jnp.int32), 30, 100))
+    drawn = draw_negatives(seed, counts, 30, 100)
     assert drawn.dtype == np.int32
     assert drawn.shape == (4, 30, 100)
     own = np.arange(30)[:, None]
@@ -164,8 +170,7 @@ def test_negatives_are_other_masked_slots_of_the_utterance(counts, seed):
 
 def test_negatives_stay_inside_the_slots():
     """A row of one frame has one slot; the index is unusable, but must not leave the array."""
-    drawn = jit_negatives(jax.random.key(0), jnp.array([0, 1], jnp.int32), 1, 3)
-    np.testing.assert_array_equal(drawn, 0)
+    np.testing.assert_array_equal(draw_negatives(0, [0, 1], 1, 3), 0)
 
 
 def chi_square(drawn: np.ndarray, allowed: list[int]) -> float:
@@ -178,7 +183,7 @@ def chi_square(drawn: np.ndarray, allowed: list[int]) -> float:
 
 def test_negatives_are_uniform():
     counts = [2, 3, 7, 40]
-    drawn = np.asarray(jit_negatives(jax.random.key(5), jnp.asarray(counts, jnp.int32), 40, 8000))
+    drawn = draw_negatives(5, counts, 40, 8000)
     for row, count in enumerate(counts):
         for own in range(0, count, 3):
             others = [slot for slot in range(count) if slot != own]
@@ -190,8 +195,114 @@ def test_negatives_are_uniform():
 
 
 def test_negatives_of_one_row_do_not_depend_on_the_others():
-    draw = functools.partial(jit_negatives, jax.random.key(1))
-    first = draw(jnp.array([9, 30], jnp.int32), 30, 100)
-    second = draw(jnp.array([9, 4], jnp.int32), 30, 100)
+    first, second = (draw_negatives(1, counts, 30, 100) for counts in ([9, 30], [9, 4]))
     np.testing.assert_array_equal(first[0], second[0])
-    assert (np.asarray(first[1]) != np.asarray(second[1])).any()
+    assert (first[1] != second[1]).any()
+
+
+# ------------------------------------------------------------------------------------------- packed rows
+
+
+@st.composite
+def packed_rows(draw) -> np.ndarray:
+    """Segment ids [ROWS, FRAMES]: up to five segments a row, some with gaps between, some without frames."""
+    ids = np.zeros((ROWS, FRAMES), np.int32)
+    for row in ids:
+        cuts = sorted(draw(st.lists(st.integers(0, FRAMES), min_size=10, max_size=10)))
+        for i, (start, stop) in enumerate(zip(cuts[::2], cuts[1::2], strict=True)):
+            row[start:stop] = i + 1
+    return ids
+
+
+def runs(ids: np.ndarray):
+    """(row, first frame, frames) of every segment."""
+    for b, row in enumerate(ids):
+        for i in sorted(set(row.tolist()) - {0}):
+            where = np.flatnonzero(row == i)
+            yield b, int(where[0]), len(where)
+
+
+def packed_reference(seed: int, ids: np.ndarray, prob: float, span: int, min_spans: int = 2) -> np.ndarray:
+    """`reference_mask` of each segment; its random numbers are those at its frames, the first one's for the count."""
+    count_key, start_key = jax.random.split(jax.random.key(seed))
+    u = np.asarray(jax.random.uniform(count_key, ids.shape), np.float64)
+    score = np.asarray(jax.random.bits(start_key, ids.shape, jnp.uint32)) >> 1
+    mask = np.zeros(ids.shape, bool)
+    for b, first, t in runs(ids):
+        count = max(min_spans, math.floor(prob * t / span + u[b, first]))
+        count = min(count, max(t - 1, 0) // span)
+        for start in first + np.argsort(score[b, first : first + max(t - span + 1, 0)])[:count]:
+            mask[b, start : start + span] = True
+    return mask
+
+
+@pytest.mark.parametrize(("prob", "span"), RECIPES)
+@few
+@given(ids=packed_rows(), seed=seeds)
+def test_every_segment_gets_the_published_procedure(prob, span, ids, seed):
+    mask = draw_mask(seed, ids, prob, span)
+    np.testing.assert_array_equal(mask, packed_reference(seed, ids, prob, span))
+    assert not mask[ids == 0].any()
+    assert mask.sum(axis=1).max() <= max_masked(FRAMES, prob=prob, span=span, segments=5)
+
+
+def test_spans_of_one_segment_do_not_depend_on_the_others():
+    ids = np.repeat([[1] * 30 + [2] * 31], ROWS, axis=0)
+    other = np.where(np.arange(FRAMES) < 45, ids, 0)
+    base, cut = draw_mask(0, ids, 0.65, 10), draw_mask(0, other, 0.65, 10)
+    np.testing.assert_array_equal(base[:, :30], cut[:, :30])
+    assert (base[:, 30:] != cut[:, 30:]).any(axis=1).all()
+    assert (base != draw_mask(0, np.ones_like(ids), 0.65, 10)).any(), "negative control: no border"
+
+
+@pytest.mark.parametrize(("prob", "span"), RECIPES)
+@pytest.mark.parametrize("segments", [2, 5])
+@few
+@given(data=st.data())
+def test_max_masked_bounds_packed_rows(prob, span, segments, data):
+    """The most spans that any draw could give to segments of these lengths."""
+    lengths = data.draw(st.lists(st.integers(0, 6 * span + 2), min_size=segments, max_size=segments))
+    spans = [min(max(math.ceil(prob * t / span), 2), max(t - 1, 0) // span) for t in lengths]
+    assert span * sum(spans) <= max_masked(sum(lengths), prob=prob, span=span, segments=segments)
+
+
+def test_max_masked_of_packed_rows_is_tight_and_needs_the_number_of_segments():
+    """Three segments of 21 frames get two spans of ten each; nothing tells them from one of 63 but their number."""
+    assert max_masked(63, prob=0.05, span=10, segments=3) == 60
+    assert max_masked(63, prob=0.05, span=10) == 20
+
+
+@few
+@given(ids=packed_rows(), seed=seeds)
+def test_peers_and_negatives_are_of_the_same_segment(ids, seed):
+    slots = 40
+    mask = draw_mask(seed, ids, 0.3, 1)
+    positions, valid = jit_slots(jnp.asarray(mask), slots)
+    peers = np.asarray(jit_peers(jnp.asarray(ids), positions, valid))
+    drawn = np.asarray(jit_negatives(jax.random.key(seed), jnp.asarray(peers), 20))
+    assert (drawn >= 0).all()
+    assert (drawn < slots).all()
+    positions, valid = np.asarray(positions), np.asarray(valid)
+    for b, m in np.argwhere(valid):
+        own = ids[b, positions[b, m]]
+        expected = valid[b] & (ids[b, positions[b]] == own)
+        np.testing.assert_array_equal(peers[b, m], expected)
+        if expected.sum() > 1:
+            assert expected[drawn[b, m]].all()
+            assert (drawn[b, m] != m).all()
+
+
+def test_negatives_of_packed_rows_are_uniform_over_the_segment():
+    segment = np.array([0] * 3 + [1] * 7 + [2] * 10)
+    peers = jnp.asarray(segment[:, None] == segment)[None]
+    drawn = np.asarray(jit_negatives(jax.random.key(5), peers, 8000))
+    for own in range(20):
+        others = [m for m in range(20) if m != own and segment[m] == segment[own]]
+        assert chi_square(drawn[0, own], others) > 1e-4
+    assert chi_square(drawn[0, 3], list(range(4, 11))) < 1e-9, "negative control: one slot more"
+
+
+def test_rows_of_one_utterance_have_one_answer_for_all_their_slots():
+    positions, valid = jit_slots(jnp.asarray(np.eye(3, 8, dtype=bool)), 4)
+    peers = jit_peers(jnp.array([8, 8, 8], jnp.int32), positions, valid)
+    np.testing.assert_array_equal(peers, np.asarray(valid)[:, None])

@@ -1,5 +1,7 @@
 """The grouped convolution as a matrix product against the library's, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +40,52 @@ def test_grouped_conv_equals_the_library(frames, kernel, per_row):
         assert np.abs(ours[0] - shifted).max() > 0.1, "negative control: an even kernel sees the past first"
 
 
+def test_grouped_conv_of_segments_is_that_of_each_alone():
+    """Segments at multiples of four frames, of one frame, of less and more than the kernel, with and without gaps."""
+    rng = np.random.default_rng(0)
+    K, T = 9, 31
+    x, w, g = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, T, WIDTH), (K, WIDTH // GROUPS, WIDTH), (2, T, WIDTH))
+    )
+    runs = [[(0, 1), (4, 12), (16, 19), (20, 31)], [(8, 11), (12, 30)]]
+    ids = np.zeros((2, T), np.int32)
+    for b, row in enumerate(runs):
+        for i, (start, stop) in enumerate(row):
+            ids[b, start:stop] = i + 1
+    inside = (ids > 0)[..., None]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def packed(aware, x, w):
+        conv = lambda x, w: grouped_conv(x, w, GROUPS, segments=ids if aware else None)  # noqa: E731
+        y, back = jax.vjp(conv, x, w)
+        return y, *back(jnp.where(inside, g, 0))
+
+    @jax.jit
+    def alone(x, w):
+        def rows(x, w):
+            y = jnp.zeros_like(x)
+            for b, row in enumerate(runs):
+                for start, stop in row:
+                    y = y.at[b, start:stop].set(library_conv(x[b : b + 1, start:stop], w, K // 2)[0])
+            return y
+
+        y, back = jax.vjp(rows, x, w)
+        return y, *back(jnp.where(inside, g, 0))
+
+    ours, expected, mixed = packed(True, x, w), alone(x, w), packed(False, x, w)
+    for a, b, c in zip(ours, expected, mixed, strict=True):
+        a, b, c = ((np.asarray(v) * inside if v.shape == x.shape else np.asarray(v)) for v in (a, b, c))
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())  # float32 sums of up to 36 terms
+        assert np.abs(c - b).max() > 0.1, "negative control: without the ids segments mix"
+
+
 def test_first_kernel_is_its_own_direction():
     """Weight norm starts with gain = norm, one gain a tap, and the directions have the published scale."""
     K, D, G = 32, 64, 4
     module = ConvPositions(kernel=K, groups=G)
     x = np.random.default_rng(0).normal(size=(2, 10, D)).astype(np.float32)
-    y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x)
+    y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x, np.array([10, 10], np.int32))
     v, gain = (np.asarray(variables["params"][name]) for name in ("direction", "gain"))
     assert v.shape == (K, D // G, D)
     assert gain.shape == (K, 1, 1)
@@ -55,9 +97,9 @@ def test_first_kernel_is_its_own_direction():
 
 def test_gain_sets_the_size_of_a_tap_whatever_the_direction(random_params):
     module = ConvPositions(kernel=3, groups=1)
-    x = np.random.default_rng(0).normal(size=(1, 5, 4)).astype(np.float32)
-    params = jax.tree.map(np.asarray, random_params(module, x))
-    run = jax.jit(lambda p: module.apply({"params": p}, x))
+    x, lengths = np.random.default_rng(0).normal(size=(1, 5, 4)).astype(np.float32), np.array([5], np.int32)
+    params = jax.tree.map(np.asarray, random_params(module, x, lengths))
+    run = jax.jit(lambda p: module.apply({"params": p}, x, lengths))
     base = run(params)
     np.testing.assert_allclose(run(params | {"direction": 7 * params["direction"]}), base, atol=1e-6)
     one_tap = run(params | {"gain": np.array([0, 1, 0], np.float32)[:, None, None]})
@@ -69,8 +111,8 @@ def test_gain_sets_the_size_of_a_tap_whatever_the_direction(random_params):
 
 def test_a_zero_direction_has_finite_gradients(random_params):
     module = ConvPositions(kernel=3, groups=1)
-    x = jnp.ones((1, 5, 4))
-    params = jax.tree.map(np.zeros_like, random_params(module, x))
-    total = lambda p: jnp.sum(jnp.asarray(module.apply({"params": p}, x)))  # noqa: E731
+    x, lengths = jnp.ones((1, 5, 4)), jnp.array([5], jnp.int32)
+    params = jax.tree.map(np.zeros_like, random_params(module, x, lengths))
+    total = lambda p: jnp.sum(jnp.asarray(module.apply({"params": p}, x, lengths)))  # noqa: E731
     gradient = jax.jit(jax.grad(total))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))

@@ -21,9 +21,9 @@ def pieces(tiny_wav2vec2):
     params, batch = random_params(task), make_batch()
     frames = np.array([24, 17, 0])
     mask = np.asarray(span_mask(jax.random.key(7), jnp.asarray(frames, jnp.int32), FRAMES, prob=0.65, span=4))
-    counts = jnp.asarray(mask.sum(axis=1), jnp.int32)
     slots = wav2vec2.max_masked(FRAMES, prob=0.65, span=4)
-    drawn = np.asarray(sample_negatives(jax.random.key(8), counts, slots, task.negatives))
+    peers = np.arange(slots) < mask.sum(axis=1)[:, None, None]
+    drawn = np.asarray(sample_negatives(jax.random.key(8), jnp.asarray(peers), task.negatives))
     rngs = {name: jax.random.key(9) for name in STREAMS}
     wanted = ("front", "quantizer", "project_context", "project_target")
     with pytest.MonkeyPatch.context() as patch:
@@ -117,11 +117,9 @@ def test_chance_accuracy_is_that_of_guessing_among_different_candidates(masked, 
     rng = np.random.default_rng(masked)
     code = rng.integers(0, codes, slots)
     code[:2] = [0, 1]
-    valid = np.arange(slots) < masked
+    valid = jnp.asarray(np.arange(slots) < masked)[None]
     same = jnp.asarray(code[:, None] == code[None])[None]
-    estimate = jax.jit(wav2vec2._chance_accuracy, static_argnums=3)(
-        same, jnp.asarray(valid)[None], jnp.array([masked], jnp.int32), K
-    )
+    estimate = jax.jit(wav2vec2._chance_accuracy, static_argnums=3)(same, valid, valid[:, None], K)
     for m in range(masked):
         others = np.delete(np.arange(masked), m)
         distinct = [len(set(code[rng.choice(others, K)]) - {code[m]}) for _ in range(draws // masked + 50)]
