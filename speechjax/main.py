@@ -8,18 +8,13 @@ holds a checkpoint.  Exit codes: 0 done, 42 restart me (pre-empted), 3 stopped o
 """
 
 import argparse
-import errno
 import json
-import logging
 import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from speechjax.errors import TooManyRejectedError, UserError
-
-log = logging.getLogger("speechjax")
+from speechjax.errors import TooManyRejectedError
+from speechjax.verb import leave
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -63,15 +58,19 @@ def run(argv: Sequence[str] | None) -> int:
     from speechjax.data import pipeline
     from speechjax.train import train
 
-    frame = configs.make_task(config).encoder.frame_len()
+    encoder = configs.make_task(config).encoder
     try:
         data = pipeline.open_data(
-            seed=config.train.seed, row_divisor=jax.device_count(), frame_len=frame, **config.data.to_dict()
-        )
+            seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
+            segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=args.workdir,
+            **config.data.to_dict(),
+        )  # fmt: skip
     except TooManyRejectedError as error:
         _write_rejected(args.workdir, error.rejected)
         raise
     _write_rejected(args.workdir, data.records.rejected)
+    if data.tokens and jax.process_index() == 0:
+        data.tokens.tokenizer.save(args.workdir)
     return train(config, data, args.workdir)
 
 
@@ -85,48 +84,12 @@ def _write_rejected(workdir: Path, rejected: list[dict[str, str]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the job and leaves with its exit code at once.
-
-    `os._exit`, because the exit barrier of a distributed job waits minutes for peers that a failed process has
-    already let down.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    # orbax's background writers print tracebacks of errors that reach us anyway, and become one line below.
-    handler.addFilter(lambda record: record.name != "absl")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    log.setLevel(logging.INFO)
-    # Every exception is caught below; what still gets here are echoes from the threads of a writer that failed.
-    sys.excepthook = sys.unraisablehook = lambda *_: None
-    try:
-        code = run(argv)
-    except SystemExit as leaving:  # argparse
-        code = int(leaving.code or 0)
-    except UserError as error:
-        log.error("error: %s", error)
-        code = 1
-    except KeyboardInterrupt:
-        log.error("interrupted; the same command resumes from the last checkpoint")
-        code = 1
-    except BaseException as error:
-        code = 1
-        if _full_disk(error):
-            log.error("error: no space left on the disk; free some and give the same command again, it resumes")
-        elif isinstance(error, OSError) and error.filename:
-            log.error("error: %s: %s", error.filename, error.strerror)
-        else:
-            traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk is behind this; checkpoint writers report it in words, from another thread."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    """Runs the job and leaves with its exit code."""
+    leave(
+        lambda: run(argv),
+        interrupted="the same command resumes from the last checkpoint",
+        full_disk="free some and give the same command again, it resumes",
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -95,33 +95,30 @@ def train_step(
     return state, {**meters, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
 
-def batch_shapes(shape: Any, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract global batch of one plan shape."""
+def batch_shapes(spec: Mapping[str, tuple], mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract global batch of {name: (shape, dtype)}."""
     place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    R, S = shape.rows, shape.samples
-    kinds = {"audio": ((R, S), jnp.int16), "lengths": ((R,), jnp.int32)}
-    kinds |= {"mean": ((R,), jnp.float32), "std": ((R,), jnp.float32)}
-    return {k: jax.ShapeDtypeStruct(s, d, sharding=place) for k, (s, d) in kinds.items()}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in spec.items()}
 
 
 def compile_steps(
-    task: Any, tx: Any, mesh: Any, state: Any, shapes: Sequence[Any], *, seed: int, log_every: int
-) -> dict[tuple[int, int], Any]:
-    """The train step compiled for every batch shape, before step 0: {(rows, samples): program}."""
+    task: Any, tx: Any, mesh: Any, state: Any, specs: Sequence[Mapping[str, tuple]], *, seed: int, log_every: int
+) -> dict[tuple[int, ...], Any]:
+    """The train step compiled for batches of every spec, before step 0: {shape of the audio: program}."""
     step = jax.jit(
         functools.partial(train_step, task, tx, seed, log_every),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     )
     programs = {}
-    for shape in shapes:
+    for spec in specs:
         start = time.monotonic()
-        program = step.lower(state, batch_shapes(shape, mesh)).compile()
+        rows, samples = spec["audio"][0]
+        program = step.lower(state, batch_shapes(spec, mesh)).compile()
         memory = program.memory_analysis()
         log.info(
             "compiled the step for %d x %d samples in %.1f s, %.2f GiB of temporaries a device",
-            shape.rows, shape.samples, time.monotonic() - start,
-            (memory.temp_size_in_bytes if memory else math.nan) / 2**30,
+            rows, samples, time.monotonic() - start, (memory.temp_size_in_bytes if memory else math.nan) / 2**30,
         )  # fmt: skip
-        programs[shape.rows, shape.samples] = program
+        programs[rows, samples] = program
     return programs

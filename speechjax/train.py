@@ -108,8 +108,8 @@ class Best:
 def train(config: Any, data: Any, workdir: Path) -> int:
     """Trains `config` on `data` in `workdir`, resuming by itself; returns an exit code.
 
-    `data` offers `shapes`, `train_batches(start, stop, host, hosts)`, `valid_batches(host, hosts)` and
-    `sample_rate` (speechjax.data.pipeline.Data does).
+    `data` offers `specs`, `train_batches(start, stop, host, hosts)`, `valid_batches(host, hosts)`, `sample_rate` and
+    `unread` (speechjax.data.pipeline.Data does).
     """
     schedule = Schedule(**config.train)
     mesh = sharding.make_mesh(**config.mesh)
@@ -118,7 +118,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
 
     with jax.set_mesh(mesh):
         # Shapes first: eval_shape -> shardings -> jit(init), so no device ever holds more than its part.
-        init = functools.partial(init_state, task, tx, schedule.seed, batch_shapes(data.shapes[0], mesh))
+        init = functools.partial(init_state, task, tx, schedule.seed, batch_shapes(data.specs[0], mesh))
         abstract = jax.eval_shape(init)
         place = sharding.state_sharding(mesh, abstract)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
@@ -138,8 +138,8 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         with Logs(workdir, total_steps=schedule.steps, start_step=start, enabled=first) as logs:
             job = Job(task, config, data, mesh, workdir, logs)
             finished = start >= schedule.steps or best.exhausted
-            shapes = [] if finished else data.shapes
-            programs = compile_steps(task, tx, mesh, abstract, shapes, seed=schedule.seed, log_every=schedule.log_every)
+            specs = [] if finished else data.specs
+            programs = compile_steps(task, tx, mesh, abstract, specs, seed=schedule.seed, log_every=schedule.log_every)
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
             log.info("report: %s", write_report(workdir))
@@ -239,9 +239,12 @@ class Loop:
         skipped, in_row = int(meters.pop("skipped")), int(meters.pop("skipped_in_row"))
         metrics = {name: float(s / w) if w else math.nan for name, (s, w) in meters.items()}
         metrics |= {"learning_rate": float(self.rate(step - 1)), "skipped": skipped, **self.clock.read_and_reset()}
+        alarms = self.job.task.health(metrics, step)
+        if self.job.data.unread:
+            metrics["unread"] = self.job.data.unread
+            alarms["unread"] = "examples could not be read and were left empty; is the disk of the data all right?"
         self.job.logs.write(step, "train", metrics)
         self.job.logs.progress(step, metrics)
-        alarms = self.job.task.health(metrics, step)
         if skipped > 0.05 * step:
             alarms["not_finite"] = f"{skipped} of {step} steps were not finite and skipped; lower optim.learning_rate"
         self.job.logs.alarms(step, alarms)

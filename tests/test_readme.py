@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from speechjax import config as configs
+from speechjax import prepare
+from speechjax.data.mixture import parse_mixture
 from speechjax.main import parse_args
 
 REPO = Path(__file__).resolve().parent.parent
@@ -46,6 +48,14 @@ def test_every_main_command_loads_its_config(arguments):
         assert str(node).replace("'", "") == override.partition("=")[2].replace("'", "")
 
 
+def test_every_prepare_command_is_understood():
+    found = [words for words in commands() if "speechjax.prepare" in words]
+    assert found
+    for words in found:
+        args = prepare.parse_args(words[words.index("speechjax.prepare") + 1 :])
+        assert parse_mixture(args.source)
+
+
 def test_make_targets_exist():
     targets = [words[1] for words in commands() if words[0] == "make"]
     assert targets == ["quickstart", "test"]
@@ -82,4 +92,4 @@ def test_launch_script_is_valid_shell():
         subprocess.run(["bash", "-n", str(script)], check=True)
         usage = subprocess.run(["bash", str(script)], capture_output=True, text=True)
         assert usage.returncode == 1
-        assert "--config=" in usage.stderr
+        assert f"launch/{script.name}" in usage.stderr

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from speechjax import config, sharding
+from speechjax.data.pipeline import batch_spec
 from speechjax.data.plan import Shape
 from speechjax.errors import UserError
 from speechjax.optim import make_optimizer
@@ -88,7 +89,7 @@ def abstract_state(size):
     tx, _ = make_optimizer(steps=settings.train.steps, **settings.optim)
     mesh = make_mesh(data=-1, fsdp=2)
     with jax.set_mesh(mesh):
-        batch = batch_shapes(Shape(4, 16000), mesh)
+        batch = batch_shapes(batch_spec(Shape(4, 16000)), mesh)
         state = jax.eval_shape(functools.partial(init_state, task, tx, 0, batch))
     return state, state_sharding(mesh, state)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from speechjax import config as configs
 from speechjax import sharding
+from speechjax.data.pipeline import batch_spec
 from speechjax.data.plan import Plan, Shape
 from speechjax.errors import UserError
 from speechjax.logs import read_metrics
@@ -36,21 +37,22 @@ class Noise:
     """Synthetic recordings in memory, with the interface of speechjax.data.pipeline.Data."""
 
     sample_rate = 16000
+    unread = 0
 
     def __init__(self, shapes=((4, 16080),), fail_at: int | None = None, poison: tuple[int, ...] = ()):
         rng = np.random.default_rng(0)
         self.lengths = rng.integers(7000, 16000, 24)
         self.audio = [(rng.standard_normal(n) * 3000).astype(np.int16) for n in self.lengths]
-        self.shapes = [Shape(*s) for s in shapes]
-        self.plan = Plan(self.lengths, self.shapes, seed=0)
+        self.plan = Plan(self.lengths, [Shape(*s) for s in shapes], seed=0)
+        self.specs = [batch_spec(shape) for shape in self.plan.shapes]
         self.fail_at, self.poison = fail_at, poison
 
     def read(self, rows):
         audio = np.zeros((rows.shape.rows, rows.shape.samples), np.int16)
-        for r, (example, start, count) in enumerate(zip(rows.example, rows.start, rows.count, strict=True)):
+        for r, (example, start, count) in enumerate(np.concatenate([rows.example, rows.start, rows.count], axis=1)):
             audio[r, :count] = self.audio[example][start : start + count]
         ones = np.ones(rows.shape.rows, np.float32)
-        return dict(audio=audio, lengths=rows.count.astype(np.int32), mean=0 * ones, std=0.1 * ones)
+        return dict(audio=audio, lengths=rows.count[:, 0].astype(np.int32), mean=0 * ones, std=0.1 * ones)
 
     def train_batches(self, start, stop, host=0, hosts=1):
         for k in range(start, stop):
@@ -165,10 +167,10 @@ def run_steps(mesh_options, steps=2, dtype="float32"):
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
     tx, _ = make_optimizer(steps=10, **config.optim)
     with jax.set_mesh(mesh):
-        init = lambda: init_state(task, tx, 0, batch_shapes(data.shapes[0], mesh))  # noqa: E731
+        init = lambda: init_state(task, tx, 0, batch_shapes(data.specs[0], mesh))  # noqa: E731
         place = sharding.state_sharding(mesh, jax.eval_shape(init), rules=((".*", "fsdp"),))
         state = jax.jit(init, out_shardings=place)()
-        [program] = compile_steps(task, tx, mesh, state, data.shapes, seed=0, log_every=100).values()
+        [program] = compile_steps(task, tx, mesh, state, data.specs, seed=0, log_every=100).values()
         for batch in data.train_batches(0, steps):
             state, meters = program(state, sharding.global_batch(mesh, batch))
         return jax.device_get((meters, state.params))

@@ -76,14 +76,18 @@ def base() -> dict:
         ),
         data=dict(
             source="embedded",
+            temperature=1.0,
             crop_seconds=15.625,  # 250,000 samples
             batch_seconds=5600.0,  # 64 GPUs x 87.5 s
             shapes=4,
+            fill=False,  # Base's group norm would mix the segments of a row
             row_multiple=64,
             min_seconds=2.0,
             valid_seconds=600.0,
             include="",
             exclude="",
+            text="",
+            text_steps="nfc single_spaces",
             max_bad_share=0.1,
             cache_dir="",
         ),
@@ -137,7 +141,7 @@ def large() -> dict:
             width=1024, layers=24, heads=16, mlp=4096, norm="pre", dropout=0.0, attention_dropout=0.0,
             input_dropout=0.0, layerdrop=0.0,
         ),
-        data=dict(crop_seconds=20.0, batch_seconds=9600.0),  # 128 GPUs x 75 s
+        data=dict(crop_seconds=20.0, batch_seconds=9600.0, fill=True),  # 128 GPUs x 75 s
         optim=dict(learning_rate=3e-4),  # the published yaml says 5e-3; the paper's value trains
         mesh=dict(fsdp=1),
         train=dict(steps=600_000),
@@ -175,7 +179,7 @@ def smoke(size: str) -> dict:
             positions=dict(kernel=16, groups=4),
         ),
         data=dict(
-            source="embedded:0.02", crop_seconds=2.0, batch_seconds=8.0, shapes=1, row_multiple=4, valid_seconds=5.0,
+            source="embedded:0.02", crop_seconds=2.5, batch_seconds=10.0, shapes=1, row_multiple=4, valid_seconds=5.0,
         ),
         optim=dict(warmup=1),
         train=dict(steps=2, log_every=1, checkpoint_every=2, eval_every=2),

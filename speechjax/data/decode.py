@@ -66,6 +66,24 @@ def decode(path: str | os.PathLike[str], offset: float = 0.0, duration: float | 
         raise
 
 
+def raw_pcm_offset(path: str | os.PathLike[str]) -> int | None:
+    """Bytes before the samples of a WAV file that holds 16 bit mono at 16 kHz; None for every other file."""
+    with open(path, "rb", buffering=0) as raw:
+        head = raw.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return None
+        plain = False
+        while len(chunk := raw.read(8)) == 8:
+            name, length = struct.unpack("<4sI", chunk)
+            start = raw.tell()
+            if name == b"data":
+                return start if plain else None
+            if name == b"fmt ":
+                plain = raw.read(16)[:16] == struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+            raw.seek(start + length + length % 2)
+        return None
+
+
 def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
     """int16 [samples] mono at 16 kHz from float32 blocks [samples, channels] at `rate` Hz with full scale ±1.
 

@@ -1,80 +1,210 @@
 """From records to batches: tf.data carries batch numbers, one numpy call a host batch reads the audio.
 
-Shapes: R rows of this host, S samples.
+Shapes: R rows of this host, S samples, G segments of a row, U tokens.
 """
 
-import collections
-import hashlib
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from speechjax.data.plan import Plan, Rows, Shape, plan_shapes, useful_share
+from speechjax.data.decode import SAMPLE_RATE
+from speechjax.data.fill import FillPlan
+from speechjax.data.mixture import rates
+from speechjax.data.plan import Plan, Rows, Shape, plan_shapes
 from speechjax.data.records import Records, open_records
+from speechjax.data.shards import UnreadableError
+from speechjax.data.text import Tokenizer, load_tokenizer, make_tokenizer
 from speechjax.errors import UserError
 
-SAMPLE_RATE = 16000
 log = logging.getLogger("speechjax")
+
+Batch = dict[str, np.ndarray]
+Spec = dict[str, tuple[tuple[int, ...], type]]
+_PATIENCE = 100  # unreadable examples before their share is judged
+_HELD_OUT_CANDIDATES = 100_000
 
 
 class Data:
-    """The training and held-out batches of one source.
+    """The training and held-out batches of a source.
 
     A batch is {"audio": int16 [R, S], "lengths": int32 [R], "mean", "std": float32 [R]} (of the whole recording,
-    full scale 1.0); rows of length 0 are empty.  This host gets its contiguous part of the global rows.
+    full scale 1.0); rows of length 0 are empty.  In filled rows the last three are [R, G], one a segment, and
+    "starts" int32 [R, G] says at which sample each begins.  With a tokenizer there are also "tokens" int32 [R, U] and
+    "token_lengths" int32 [R], 0 where there is no transcript.  This host gets its contiguous part of the global rows.
+
+    `unread` counts the examples of this host that could not be read; their rows are empty.
     """
 
-    def __init__(self, records: Records, train: np.ndarray, valid: np.ndarray, shapes: list[Shape], seed: int):
-        self.records, self.shapes = records, shapes
+    def __init__(
+        self, records: Records, train: np.ndarray, valid: np.ndarray, train_plan: Plan | FillPlan, valid_plan: Plan,
+        tokens: "Tokens | None" = None, max_bad_share: float = 0.0,
+    ):  # fmt: skip
+        self.records, self.tokens = records, tokens
         self.sample_rate = SAMPLE_RATE
+        self.max_bad_share = max_bad_share
+        self.unread = self.read = 0
+        self._counting = threading.Lock()
         self._parts = {"train": train, "valid": valid}
-        self._plans = {name: Plan(records.lengths[part], shapes, seed) for name, part in self._parts.items()}
+        self._plans: dict[str, Any] = {"train": train_plan, "valid": valid_plan}
+
+    @property
+    def specs(self) -> list[Spec]:
+        """{name: (shape, dtype)} of the global training batches, one a static shape."""
+        return [self.spec(shape) for shape in self._plans["train"].shapes]
+
+    def spec(self, shape: Shape) -> Spec:
+        """{name: (shape, dtype)} of a global batch of one plan shape."""
+        return batch_spec(shape) | (self.tokens.spec(shape) if self.tokens else {})
 
     @property
     def batches_per_epoch(self) -> int:
         return self._plans["train"].batches_per_epoch
 
-    def train_batches(self, start: int, stop: int, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
-        """Batches `start` to `stop`; opening at any number costs the same."""
-        return _prefetched(lambda k: self._read("train", self._plans["train"].batch(k), host, hosts), start, stop)
+    def train_batches(self, start: int, stop: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+        """Batches `start` to `stop`; opening at any number costs the same.
 
-    def valid_batches(self, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        Raises UserError once more than `max_bad_share` of the examples could not be read.
+        """
+        plan = self._plans["train"]
+        read = lambda k: self._read("train", plan.batch(k), host, hosts)  # noqa: E731
+        return _prefetched(read, list(self.specs[0]), start, stop)
+
+    def valid_batches(self, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
         """Every held-out example once."""
         for rows in self._plans["valid"].sweep():
             yield self._read("valid", rows, host, hosts)
 
-    def _read(self, split: str, rows: Rows, host: int, hosts: int) -> dict[str, np.ndarray]:
-        return read_rows(self.records, self._parts[split], rows, host, hosts)
+    def _read(self, split: str, rows: Rows, host: int, hosts: int) -> Batch:
+        part = self._parts[split]
+        batch = read_rows(self.records, part, rows, host, hosts, self._lost)
+        with self._counting:
+            self.read += int(np.count_nonzero(batch["lengths"]))
+        if self.tokens:
+            batch |= self.tokens.batch(self.records, part, host_share(rows, host, hosts))
+        return batch
+
+    def _lost(self, i: int, error: Exception) -> None:
+        with self._counting:
+            self.unread += 1
+            unread, read = self.unread, self.read + self.unread
+        if unread <= 3:
+            log.warning("cannot read %s (%s): an empty row takes its place", self.records.id(i), error)
+        if unread > _PATIENCE and unread > self.max_bad_share * read:
+            raise UserError(
+                f"{unread:,} of {read:,} examples could not be read, the last one {self.records.id(i)!r} ({error}); is "
+                "the disk of the data all right? Given again, the command resumes"
+            )
 
 
-def read_rows(records: Records, part: np.ndarray, rows: Rows, host: int = 0, hosts: int = 1) -> dict[str, np.ndarray]:
-    """This host's slice of one planned batch; `part` maps the plan's examples to records."""
+def batch_spec(shape: Shape) -> Spec:
+    """{name: (shape, dtype)} of what every batch has."""
+    rows = (shape.rows,) if shape.segments == 1 else (shape.rows, shape.segments)
+    spec: Spec = {"audio": ((shape.rows, shape.samples), np.int16), "lengths": (rows, np.int32)}
+    spec |= {"mean": (rows, np.float32), "std": (rows, np.float32)}
+    return spec if shape.segments == 1 else spec | {"starts": (rows, np.int32)}
+
+
+def host_share(rows: Rows, host: int, hosts: int) -> Rows:
+    """This host's rows of a batch."""
     share = rows.shape.rows // hosts
     mine = slice(host * share, (host + 1) * share)
-    example, start, count = rows.example[mine], rows.start[mine], rows.count[mine]
-    audio = np.zeros((share, rows.shape.samples), np.int16)
-    for r in np.flatnonzero(example >= 0):
-        audio[r, : count[r]] = records.read(int(part[example[r]]), int(start[r]), int(count[r]))
-    at = part[np.maximum(example, 0)]
-    return dict(audio=audio, lengths=count.astype(np.int32), mean=records.mean[at], std=records.std[at])
+    return Rows(rows.shape, *(x[mine] for x in rows[1:]))
 
 
-def _prefetched(read: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Iterator[dict[str, Any]]:
+def read_rows(
+    records: Records, part: np.ndarray, rows: Rows, host: int = 0, hosts: int = 1,
+    lost: Callable[[int, Exception], None] | None = None,
+) -> Batch:  # fmt: skip
+    """This host's slice of one planned batch; `part` maps the plan's examples to records.
+
+    An example that cannot be read becomes an empty segment and is reported to `lost`, or raises without one.
+    """
+    shape, example, start, count, at = host_share(rows, host, hosts)
+    audio = np.zeros((len(example), shape.samples), np.int16)
+    lengths = count.astype(np.int32)
+    for r, g in np.argwhere(example >= 0):
+        i, first = int(part[example[r, g]]), int(at[r, g])
+        out = audio[r, first : first + int(count[r, g])]
+        try:
+            records.read_into(i, int(start[r, g]), out)
+        except UnreadableError as error:
+            if lost is None:
+                raise
+            lost(i, error)
+            out[:] = 0
+            lengths[r, g] = 0
+    which = part[np.maximum(example, 0)]
+    batch = dict(audio=audio, lengths=lengths, mean=records.mean[which], std=records.std[which])
+    if shape.segments > 1:
+        return batch | {"starts": at.astype(np.int32)}
+    return {name: array if name == "audio" else array[:, 0] for name, array in batch.items()}
+
+
+class Tokens(NamedTuple):
+    """Transcripts as ids: those of example i of the records are `ids[bounds[i] : bounds[i + 1]]`."""
+
+    tokenizer: Tokenizer
+    ids: np.ndarray
+    bounds: np.ndarray
+    most: dict[Shape, int]
+
+    def spec(self, shape: Shape) -> Spec:
+        return {"tokens": ((shape.rows, self.most[shape]), np.int32), "token_lengths": ((shape.rows,), np.int32)}
+
+    def batch(self, records: Records, part: np.ndarray, rows: Rows) -> Batch:
+        tokens = np.zeros((len(rows.example), self.most[rows.shape]), np.int32)
+        lengths = np.zeros(len(rows.example), np.int32)
+        for r in np.flatnonzero(rows.example[:, 0] >= 0):
+            i = part[rows.example[r, 0]]
+            ids = self.ids[self.bounds[i] : self.bounds[i + 1]]
+            if rows.count[r, 0] == records.lengths[i]:  # of a part of it nobody knows the transcript
+                tokens[r, : len(ids)], lengths[r] = ids, len(ids)
+        return {"tokens": tokens, "token_lengths": lengths}
+
+
+def _tokens(records: Records, shapes: Iterable[Shape], spec: str, steps: str, workdir: Path | None) -> Tokens:
+    """Transcripts of all records; the vocabulary is the workdir's, or made of the transcripts."""
+    texts = [str(records.meta(i).get("text") or "") for i in range(len(records))]
+    if not any(texts):
+        sources = ", ".join(opened.part.source for opened in records.parts)
+        raise UserError(f"config.data.text={spec!r} needs transcripts, and {sources} has none")
+    if workdir and (workdir / "vocab.json").exists():
+        tokenizer = load_tokenizer(workdir)
+    else:
+        tokenizer = make_tokenizer(spec, filter(None, texts), steps)
+    encoded = [np.array(tokenizer.encode(text), np.int32) for text in texts]
+    bounds = np.cumsum([0, *map(len, encoded)])
+    shapes = list(shapes)
+    held = np.searchsorted([shape.samples for shape in shapes], np.minimum(records.lengths, shapes[-1].samples))
+    count = np.diff(bounds)
+    most = {shape: max(8, -(-int(count[held == k].max(initial=0)) // 8) * 8) for k, shape in enumerate(shapes)}
+    log.info("vocabulary: %d tokens (%s); %d of %d examples have text", tokenizer.size, spec, count.astype(bool).sum(),
+             len(texts))  # fmt: skip
+    return Tokens(tokenizer, np.concatenate(encoded), bounds, most)
+
+
+def _prefetched(read: Callable[[int], Batch], names: list[str], start: int, stop: int) -> Iterator[Batch]:
     # Before the import: TensorFlow prints start-up notices that mean nothing to a user of tf.data.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
-    names = ("audio", "lengths", "mean", "std")
-    types = (tf.int16, tf.int32, tf.float32, tf.float32)
+    kinds = {"audio": tf.int16, "mean": tf.float32, "std": tf.float32}
+    types = tuple(kinds.get(name, tf.int32) for name in names)
+    failure: list[UserError] = []
 
     def fetch(k):
-        batch = read(int(k))
+        try:
+            batch = read(int(k))
+        except UserError as error:  # TensorFlow would make a paragraph of it
+            failure.append(error)
+            raise
         return tuple(batch[name] for name in names)
 
     numbers = tf.data.Dataset.range(start, stop)
@@ -85,8 +215,13 @@ def _prefetched(read: Callable[[int], dict[str, np.ndarray]], start: int, stop: 
     options = tf.data.Options()
     options.threading.private_threadpool_size = 2
     options.autotune.enabled = False
-    for arrays in batches.prefetch(2).with_options(options).as_numpy_iterator():
-        yield dict(zip(names, arrays, strict=True))
+    try:
+        for arrays in batches.prefetch(2).with_options(options).as_numpy_iterator():
+            yield dict(zip(names, arrays, strict=True))
+    except tf.errors.OpError:
+        if failure:
+            raise failure[0] from None
+        raise
 
 
 def open_data(
@@ -95,24 +230,34 @@ def open_data(
     seed: int,
     row_divisor: int,
     frame_len: tuple[int, int],
+    segment_align: int,
+    workdir: Path | None,
+    temperature: float,
     crop_seconds: float,
     batch_seconds: float,
     shapes: int,
+    fill: bool,
     row_multiple: int,
     min_seconds: float,
     valid_seconds: float,
     include: str,
     exclude: str,
+    text: str,
+    text_steps: str,
     max_bad_share: float,
     cache_dir: str,
 ) -> Data:
-    """Opens `source` (decoding it at first use), holds some out, and plans static batch shapes.
+    """Opens `source` (preparing it at first use), holds some out, and plans static batch shapes.
 
-    `batch_seconds` of audio a batch over all hosts, crops of at most `crop_seconds`, `shapes` batch shapes.
-    `include` and `exclude` are regexes on recording ids.  `valid_seconds` of audio, at most a tenth, are held
-    out, chosen by a hash of the id, so that adding files moves few.  `frame_len` is (samples a frame, samples the
-    first frame takes more).  Raises UserError for anything wrong with the source, and where rows do not divide
-    over `row_divisor` devices.
+    `source` may be a mixture (speechjax.data.mixture), whose parts `temperature` evens out.  `batch_seconds` of audio a
+    batch over all hosts, in rows of at most `crop_seconds`.  Either every example has a row, cut to that length, in one
+    of `shapes` batch shapes, or, with `fill`, rows are filled with segments of several examples, at least 2 s each,
+    in one shape; `segment_align` is what the model asks of their starts, 0 if it cannot tell segments apart.
+    `include` and `exclude` are regexes on recording ids.  `valid_seconds` of audio, at most a tenth, are held out,
+    chosen by a hash of the id, so that adding files moves few.  `text` names a tokenizer (speechjax.data.text; empty:
+    no transcripts) and `text_steps` its normalisation; a vocabulary in `workdir` is used as it is.  `frame_len` is
+    (samples a frame, samples the first frame takes more).  Raises UserError for anything wrong with the source,
+    and where rows do not divide over `row_divisor` devices.
     """
     if row_multiple % row_divisor:
         raise UserError(f"config.data.row_multiple={row_multiple} must be a multiple of the {row_divisor} devices")
@@ -121,35 +266,80 @@ def open_data(
         include=include, exclude=exclude,
     )  # fmt: skip
     valid = _held_out(records, valid_seconds)
-    train = np.setdiff1d(np.arange(len(records.ids)), valid)
-    quantum, offset = frame_len
+    train = np.setdiff1d(np.arange(len(records)), valid)
+    lengths, part = records.lengths[train], records.part[train]
+    heard = _rates(records, lengths, part, temperature)
+    hop, extra = frame_len
+    crop, batch = int(crop_seconds * SAMPLE_RATE), int(batch_seconds * SAMPLE_RATE)
     planned = plan_shapes(
-        records.lengths[train], crop=int(crop_seconds * SAMPLE_RATE), shapes=shapes, quantum=quantum, offset=offset,
-        batch_samples=int(batch_seconds * SAMPLE_RATE), row_multiple=row_multiple,
+        lengths, crop=crop, shapes=shapes, quantum=hop, offset=extra, batch_samples=batch, row_multiple=row_multiple,
+        weights=heard[part],
     )  # fmt: skip
-    data = Data(records, train, valid, planned, seed)
-    useful, kept = useful_share(records.lengths[train], planned)
+    if fill and not segment_align:
+        log.info("config.data.fill: the front end's norm runs over time and would mix segments; rows are crops instead")
+    train_plan: Plan | FillPlan
+    if fill and segment_align:
+        if text:
+            raise UserError("config.data.text needs whole utterances: set config.data.fill=False")
+        rows = max(1, round(batch / crop / row_multiple)) * row_multiple
+        train_plan = FillPlan(
+            lengths, seed, rows=rows, samples=crop, align=segment_align, hop=hop, extra=extra,
+            min_segment=2 * SAMPLE_RATE, source=part, rates=heard.tolist(),
+        )  # fmt: skip
+    else:
+        train_plan = Plan(lengths, planned, seed, part, heard.tolist())
+    tokens = _tokens(records, planned, text, text_steps, workdir) if text else None
+    data = Data(records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), tokens, max_bad_share)
+    useful, kept = train_plan.useful_share()
     log.info(
         "batches: %s; %.1f %% of a batch is audio, %.1f %% of the audio survives cropping; %d batches an epoch, "
         "%d recordings (%.0f s) held out",
-        ", ".join(f"{s.rows} x {s.samples / SAMPLE_RATE:.2f} s" for s in planned), 100 * useful, 100 * kept,
+        ", ".join(_named(shape) for shape in train_plan.shapes), 100 * useful, 100 * kept,
         data.batches_per_epoch, len(valid), records.lengths[valid].sum() / SAMPLE_RATE,
     )  # fmt: skip
     return data
 
 
+def _named(shape: Shape) -> str:
+    segments = f" of up to {shape.segments} segments" if shape.segments > 1 else ""
+    return f"{shape.rows} x {shape.samples / SAMPLE_RATE:.2f} s{segments}"
+
+
+def _rates(records: Records, lengths: np.ndarray, part: np.ndarray, temperature: float) -> np.ndarray:
+    """How often in an epoch each example of a part is heard, [parts]; says so where there are several."""
+    weights = [opened.part.weight for opened in records.parts]
+    hours = np.bincount(part, lengths, minlength=len(weights)) / SAMPLE_RATE / 3600
+    there = np.flatnonzero(hours)  # everything of a small part may be held out
+    heard = np.ones(len(weights))
+    heard[there] = rates(hours[there].tolist(), [weights[s] for s in there], temperature)
+    if len(weights) > 1:
+        share = heard * hours / (heard * hours).sum()
+        for s, opened in enumerate(records.parts):
+            log.info(
+                "mixture: %4.1f %% %s (%.2f h, each %.3g times an epoch)", 100 * share[s], opened.part.source, hours[s],
+                heard[s],
+            )  # fmt: skip
+    return heard
+
+
 def _held_out(records: Records, seconds: float) -> np.ndarray:
     """Indices of the held-out examples: whole recordings in the order of a hash, as many as fit, at least one."""
-    segments: dict[str, list[int]] = collections.defaultdict(list)
-    for i, name in enumerate(records.ids):
-        segments[re.sub(r"#\d{4,}$", "", name)].append(i)
-    if len(segments) < 2:
+    new = (np.diff(records.row, prepend=-1) != 0) | (np.diff(records.part, prepend=-1) != 0)
+    first = np.flatnonzero(new)  # of each recording's segments
+    if len(first) < 2:
         raise UserError("only one usable recording; at least two are needed, one of them to hold out")
-    size = {name: int(records.lengths[own].sum()) for name, own in segments.items()}
-    room = min(seconds * SAMPLE_RATE, sum(size.values()) / 10)
+    size = np.add.reduceat(records.lengths, first)
+    room = min(seconds * SAMPLE_RATE, int(size.sum()) / 10)
+    keys = records.keys[first]
+    if len(keys) > _HELD_OUT_CANDIDATES:
+        candidates = np.argpartition(keys, _HELD_OUT_CANDIDATES)[:_HELD_OUT_CANDIDATES]
+    else:
+        candidates = np.arange(len(keys))
+    candidates = candidates[np.argsort(keys[candidates], kind="stable")]
     chosen: list[int] = []
-    for name in sorted(segments, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if size[name] <= room:
-            chosen += segments[name]
-            room -= size[name]
-    return np.sort(np.array(chosen or segments[min(size, key=lambda name: (size[name], name))]))
+    for k in candidates.tolist():
+        if size[k] <= room:
+            chosen.append(k)
+            room -= int(size[k])
+    chosen = chosen or [int(candidates[np.argmin(size[candidates])])]
+    return np.flatnonzero(np.isin(np.cumsum(new) - 1, chosen))

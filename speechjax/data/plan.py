@@ -1,49 +1,60 @@
 """Which examples make which batch: a pure function of (seed, batch number, lengths), so no state is ever saved.
 
-Shapes: N examples, R rows of a batch.
+Shapes: N examples, R rows of a batch, G segments of a row.
 """
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from speechjax.data.permutation import Words, permute, uniform
+
+BATCHES, BLOCKS, MEMBERS, CROPS, ROWS = range(5)  # what a random number is for: a word of its key
+_CANDIDATES = 2048
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A static batch shape: `rows` (over all hosts) of `samples`."""
+    """A static batch shape: `rows` (over all hosts) of `samples`, each holding up to `segments` examples."""
 
     rows: int
     samples: int
+    segments: int = 1
 
 
 class Rows(NamedTuple):
-    """One batch: its `shape`, and for each row the `example` (-1: empty row), the `start` sample and the `count`."""
+    """One batch: its `shape` and what its rows hold, each int64 [R, G].
+
+    Samples `start` to `start + count` of `example` (-1: nothing) stand at samples `at` to `at + count` of the row.
+    The segments of a row come in the order of `at`, empty ones last.
+    """
 
     shape: Shape
     example: np.ndarray
     start: np.ndarray
     count: np.ndarray
+    at: np.ndarray
 
 
 def plan_shapes(
-    lengths: np.ndarray, *, crop: int, batch_samples: int, shapes: int, row_multiple: int, quantum: int, offset: int
-) -> list[Shape]:
+    lengths: np.ndarray, *, crop: int, batch_samples: int, shapes: int, row_multiple: int, quantum: int, offset: int,
+    weights: np.ndarray | None = None,
+) -> list[Shape]:  # fmt: skip
     """Up to `shapes` batch shapes with the least padding for these lengths, all in samples.
 
-    Lengths above `crop` count as `crop`.  A shape's samples are `quantum * n + offset` (n whole frames); its rows
-    fill about `batch_samples` and are a multiple of `row_multiple`.
+    Lengths above `crop` count as `crop`, every example as often as its `weights` [N] say.  A shape's samples are
+    `quantum * n + offset` (n whole frames); its rows fill about `batch_samples` and are a multiple of
+    `row_multiple`.  Exact up to 2048 candidate lengths; more are first rounded up to a coarser grid.
     """
-
-    def round_up(samples):
-        return np.maximum(1, -(-(samples - offset) // quantum)) * quantum + offset
-
-    cropped = np.minimum(lengths, crop)
-    bounds = np.unique(round_up(np.quantile(cropped, np.linspace(0, 1, 65), method="higher")))
-    covered = np.searchsorted(np.sort(cropped), bounds, side="right")
-    chosen = _least_padding(bounds, covered, shapes)
+    frames = np.maximum(1, -(-(np.minimum(lengths, crop) - offset) // quantum))
+    step = -(-int(frames.max()) // _CANDIDATES)
+    held = np.bincount(-(-frames // step), weights)
+    candidates = np.flatnonzero(held)
+    bounds = np.minimum(candidates * step, frames.max()) * quantum + offset
+    chosen = _least_padding(bounds, np.cumsum(held[candidates]), shapes)
     return [
         Shape(int(max(1, round(batch_samples / bound / row_multiple)) * row_multiple), int(bound)) for bound in chosen
     ]
@@ -54,75 +65,136 @@ def _least_padding(bounds: np.ndarray, covered: np.ndarray, shapes: int) -> list
 
     `covered[j]` is how many examples are no longer than `bounds[j]`.
     """
-    best = [(int(n * b), [int(b)]) for n, b in zip(covered, bounds, strict=True)]
+    best = covered * bounds
+    smaller: list[np.ndarray] = []  # of each shape after the first: the next bound below bound j, or -1 for none
     for _ in range(shapes - 1):
-        best = [
-            min(
-                [best[j]]
-                + [
-                    (best[i][0] + int((covered[j] - covered[i]) * bounds[j]), [*best[i][1], int(bounds[j])])
-                    for i in range(j)
-                ]
-            )
-            for j in range(len(bounds))
-        ]
-    return best[-1][1]
+        cost, below = best.copy(), np.full(len(bounds), -1)
+        for j in range(1, len(bounds)):
+            costs = best[:j] + (covered[j] - covered[:j]) * bounds[j]
+            i = int(costs.argmin())
+            if costs[i] < cost[j]:
+                cost[j], below[j] = costs[i], i
+        best = cost
+        smaller.append(below)
+    j = len(bounds) - 1
+    chosen = [int(bounds[j])]
+    for below in reversed(smaller):
+        if below[j] >= 0:
+            j = below[j]
+            chosen.append(int(bounds[j]))
+    return chosen[::-1]
+
+
+class Stream:
+    """The endless order of the examples of some sources, entry by entry: blocks, shuffled one by one.
+
+    `members` are the examples of the first source, then of the next; source s has `held[s]` of them and
+    `round(rates[s] * held[s])` entries (at least one) in a block.  Each source runs through new permutations of its
+    examples, wherever blocks end, so that all of them are seen equally often; with one source at rate 1 exactly
+    once a block.
+    """
+
+    def __init__(self, members: np.ndarray, held: np.ndarray, rates: np.ndarray, key: Words):
+        self.members, self._held, self._key = members, held, tuple(key)
+        self._first = np.cumsum(held) - held
+        self._quota = np.maximum(np.round(held * rates).astype(np.int64), 1)
+        self._ends = np.cumsum(self._quota)
+        self.block = int(self._ends[-1])
+
+    def examples(self, entries: np.ndarray) -> np.ndarray:
+        """The examples (int64 [E]) at `entries` [E] of the stream."""
+        block, at = np.divmod(entries, self.block)
+        at = permute(at, self.block, (*self._key, BLOCKS, block))
+        source = np.searchsorted(self._ends, at, side="right")
+        turn = (block + 1) * self._quota[source] + at - self._ends[source]
+        held = self._held[source]
+        turn, at = np.divmod(turn, held)
+        at = permute(at, held, (*self._key, MEMBERS, source, turn))
+        return self.members[self._first[source] + at].astype(np.int64)
+
+    def average(self, x: np.ndarray) -> float:
+        """The mean of `x` [N], a number for every example, over the entries."""
+        means = [x[part].mean() for part in np.split(self.members, self._first[1:])]
+        return float(np.average(means, weights=self._quota))
+
+
+def streams(
+    lengths: np.ndarray, shapes: Sequence[Shape], seed: int, source: np.ndarray | None, rates: Sequence[float] | None
+) -> dict[int, Stream]:
+    """For every shape that has examples, by its number, the stream of them; arguments as in `Plan`."""
+    sources = 1 if source is None else int(source.max()) + 1
+    rate = np.ones(sources) if rates is None else np.asarray(rates, float)
+    number = len(shapes) * len(rate)
+    group = np.zeros(len(lengths), np.min_scalar_type(number))  # few bits: sorting is then counting
+    for shape in shapes[:-1]:
+        group += lengths > shape.samples
+    if source is not None:
+        group = group * group.dtype.type(len(rate)) + source.astype(group.dtype)
+    order = np.argsort(group, kind="stable").astype(np.min_scalar_type(-len(lengths)))
+    held = np.bincount(group, minlength=number).reshape(len(shapes), len(rate))
+    members = np.split(order, np.cumsum(held.sum(axis=1))[:-1])
+    return {i: Stream(members[i], n[n > 0], rate[n > 0], (seed, i)) for i, n in enumerate(held) if n.any()}
 
 
 class Plan:
-    """The endless sequence of training batches over examples of known `lengths` (int [N], samples).
+    """The endless sequence of training batches over examples of known `lengths` (int [N], samples, 1 or more).
 
-    Every epoch is a new permutation; examples gather by shape, full batches are kept, the order of batches is
-    shuffled again.  What does not fill a batch waits for another epoch's luck, except where a shape has fewer
-    examples than rows: those repeat.
+    Every example has a row of its own in the smallest of the `shapes` (in order of samples) that holds it; longer
+    ones are cropped at random to the last.  `source` (int [N], all 0 if not given) says where an example is from
+    and `rates[s]` how often an epoch each of source s is seen (once if not given).  The rows of a shape are its
+    examples' `Stream`, none left out, so a shape with few examples has a batch in some epochs only; the batches of
+    an epoch come in a shuffled order.  Setting up is one pass over the lengths; a batch costs the same wherever it
+    is, and no more memory than its rows.
     """
 
-    def __init__(self, lengths: np.ndarray, shapes: Sequence[Shape], seed: int):
+    def __init__(
+        self, lengths: np.ndarray, shapes: Sequence[Shape], seed: int,
+        source: np.ndarray | None = None, rates: Sequence[float] | None = None,
+    ):  # fmt: skip
         self.lengths, self.shapes, self.seed = lengths, list(shapes), seed
-        bounds = [s.samples for s in self.shapes]
-        self._shape_of = np.minimum(np.searchsorted(bounds, lengths), len(bounds) - 1)
-        held = np.bincount(self._shape_of, minlength=len(bounds))
-        self._batches = [max(n // s.rows, int(n > 0)) for n, s in zip(held, self.shapes, strict=True)]
-        self.batches_per_epoch = sum(self._batches)
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._streams = streams(lengths, self.shapes, seed, source, rates)
+        self._blocks = [(stream.block, self.shapes[i].rows) for i, stream in self._streams.items()]
+        self.batches_per_epoch = max(1, round(sum(block / rows for block, rows in self._blocks)))
 
-    def _make_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        order = rng.permutation(len(self.lengths))
-        shape_of = self._shape_of[order]
-        batches = []
-        for i, shape in enumerate(self.shapes):
-            members = np.resize(order[shape_of == i], self._batches[i] * shape.rows)
-            batches += [(i, rows) for rows in members.reshape(-1, shape.rows)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+    def _before(self, epoch: int) -> list[int]:
+        """How many batches of each stream belong to the epochs before this one."""
+        return [-(-epoch * block // rows) for block, rows in self._blocks]
 
     def batch(self, k: int) -> Rows:
-        """Batch number `k`, from 0: crops are drawn from (seed, k) alone."""
-        epoch, i = divmod(k, self.batches_per_epoch)
-        index, example = self._epoch(epoch)[i]
+        """Batch number `k`, from 0."""
+        block, rows = max(self._blocks)
+        most = (k + 1) * rows // block + 2  # this stream alone has more than k batches by then
+        epoch = bisect.bisect_right(range(most), k, key=lambda epoch: sum(self._before(epoch))) - 1
+        first, stop = np.array(self._before(epoch)), np.array(self._before(epoch + 1))
+        ends = np.cumsum(stop - first)
+        place = int(permute(np.array([k - first.sum()]), int(ends[-1]), (self.seed, BATCHES, epoch))[0])
+        which = int(np.searchsorted(ends, place, side="right"))
+        index, stream = list(self._streams.items())[which]
         shape = self.shapes[index]
-        length = self.lengths[example]
+        entries = int(stop[which] - ends[which] + place) * shape.rows + np.arange(shape.rows)
+        example = stream.examples(entries)
+        length = self.lengths[example].astype(np.int64)
         count = np.minimum(length, shape.samples)
-        u = np.random.Generator(np.random.Philox(key=[self.seed + 2**32, k])).random(shape.rows)
-        return Rows(shape, example, (u * (length - count + 1)).astype(np.int64), count)
+        start = uniform(length - count + 1, (self.seed, CROPS, index, entries))
+        return Rows(shape, *(x[:, None] for x in (example, start, count, np.zeros_like(start))))
 
-    def sweep(self) -> list[Rows]:
+    def sweep(self) -> Iterator[Rows]:
         """Every example once, from its start, by shape; the last batch of a shape is filled with empty rows."""
-        batches = []
-        for i, shape in enumerate(self.shapes):
-            members = np.flatnonzero(self._shape_of == i)
-            for at in range(0, len(members), shape.rows):
-                example = np.full(shape.rows, -1)
-                part = members[at : at + shape.rows]
-                example[: len(part)] = part
-                count = np.where(example >= 0, np.minimum(self.lengths[example], shape.samples), 0)
-                batches.append(Rows(shape, example, np.zeros_like(example), count))
-        return batches
+        for i, stream in self._streams.items():
+            shape, members = self.shapes[i], stream.members
+            for first in range(0, len(members), shape.rows):
+                part = members[first : first + shape.rows]
+                example, count = np.full((shape.rows, 1), -1), np.zeros((shape.rows, 1), np.int64)
+                example[: len(part), 0] = part
+                count[: len(part), 0] = np.minimum(self.lengths[part], shape.samples)
+                yield Rows(shape, example, np.zeros_like(count), count, np.zeros_like(count))
 
-
-def useful_share(lengths: np.ndarray, shapes: Sequence[Shape]) -> tuple[float, float]:
-    """(share of the batches' samples that is audio, share of the audio that cropping leaves), both 0 to 1."""
-    bounds = np.array([s.samples for s in shapes])
-    bound = bounds[np.minimum(np.searchsorted(bounds, lengths), len(bounds) - 1)]
-    used = np.minimum(lengths, bound)
-    return float(used.sum() / bound.sum()), float(used.sum() / lengths.sum())
+    def useful_share(self) -> tuple[float, float]:
+        """(share of the batches' samples that is audio, share of the audio that cropping leaves), both 0 to 1."""
+        audio = used = room = 0.0
+        for i, stream in self._streams.items():
+            shape = self.shapes[i]
+            audio += stream.block * stream.average(self.lengths)
+            used += stream.block * stream.average(np.minimum(self.lengths, shape.samples))
+            room += stream.block * shape.samples
+        return used / room, used / audio

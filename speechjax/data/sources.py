@@ -1,33 +1,35 @@
 """Where recordings come from: a URI-like string names a source, `open_source` turns it into items.
 
-    embedded[:HOURS]               speech synthesised by the embedded corpus
-    folder:DIR                     every audio file below DIR
-    manifest:FILE.jsonl            one JSON object a line, as in NeMo
-    tfds:NAME[/CONFIG]:SPLIT[@HZ]  a prepared TensorFlow Datasets split
+    embedded[:HOURS]                         speech synthesised by the embedded corpus
+    folder:DIR                               every audio file below DIR; lists of any kind in it are not read
+    manifest:FILE                            recordings that a file lists, in one of the formats of manifests.py
+    tfds:NAME[/CONFIG]:SPLIT[#FEATURE][@HZ]  a prepared TensorFlow Datasets split
+    shards:DIR                               what a preparation wrote
 
-Opening lists and stats; decoding happens in `Item.read`, which may run in any thread.
+Opening lists and stats; decoding happens in `Item.read`, which may run in any thread, and of files in any process.
+Several sources in one string are mixture.py's.
 """
 
+import array
 import collections
 import functools
 import hashlib
-import itertools
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from speechjax.data.decode import EXTENSIONS, BadAudio, decode
+from speechjax.data.decode import EXTENSIONS, decode
 from speechjax.errors import UserError
 
-# What data sets call the fields of an example, in order of preference.
+# What data sets call the fields of an example, in order of preference: of two texts, the one as it is spoken.
 _SYNONYMS = {
-    "text": ("text", "transcript", "transcription", "sentence", "normalized_text"),
+    "text": ("text_normalized", "normalized_text", "text", "transcript", "transcription", "sentence"),
     "speaker": ("speaker", "speaker_id", "spk_id", "client_id"),
     "lang": ("lang", "language", "locale"),
     "label": ("label", "command", "class"),
@@ -38,12 +40,16 @@ _SYNONYMS = {
 class Item:
     """One recording: a unique id, `read()` -> int16 [samples] mono at 16 kHz, and what is known about it.
 
-    `read` raises `BadAudio` when the recording cannot be used.
+    `read` raises `BadAudio` when the recording cannot be used, and can be pickled. `size` is roughly how many bytes it
+    takes, as a file or as PCM, 0 where nobody knows. `file` is the path, offset and duration (s, None: to the end) of
+    a recording that lies in a file of its own or in a part of one, so that it can be read in place.
     """
 
     id: str
     read: Callable[[], np.ndarray]
     meta: dict[str, Any]
+    size: int = 0
+    file: tuple[str, float, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def open_source(source: str) -> Source:
         hint = f" (did you mean folder:{source}?)" if os.path.isdir(source) else ""
         raise UserError(
             f"data source {source!r}: unknown kind {kind!r}{hint}; use embedded[:HOURS], folder:DIR, "
-            "manifest:FILE.jsonl or tfds:NAME[/CONFIG]:SPLIT"
+            "manifest:FILE, tfds:NAME[/CONFIG]:SPLIT or shards:DIR"
         )
     return _KINDS[kind](source, rest)
 
@@ -84,21 +90,55 @@ def digest(parts: Iterable[str]) -> str:
     return sha.hexdigest()
 
 
-def _identity(path: str) -> str:
-    """Changes when the file does, appears, or becomes readable."""
+class Status(NamedTuple):
+    """A file as the fingerprint sees it: `identity` changes when it does, appears, or becomes readable."""
+
+    identity: str
+    size: int
+
+    @property
+    def missing(self) -> bool:
+        return self.identity == "missing"
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, which only the workers of a preparation on Beam can read."""
+    return re.match(r"[a-zA-Z][-+.\w]*://", path) is not None
+
+
+def file_status(path: str) -> Status:
+    """The status of a file; one that is missing has no size, and of a remote one nothing is asked."""
+    if is_remote(path):
+        return Status(path, 0)
     try:
         status = os.stat(path)
     except OSError:
-        return "missing"
-    return f"{status.st_size} {status.st_mtime_ns} {os.access(path, os.R_OK)}"
+        return Status("missing", 0)
+    # Asked only where the mode leaves it open: one call a file less, which is a second in a million files.
+    readable = status.st_mode & 0o444 == 0o444 or os.access(path, os.R_OK)
+    return Status(f"{status.st_size} {status.st_mtime_ns} {readable}", status.st_size)
+
+
+def file_item(
+    id: str, path: str, meta: dict[str, Any], size: int, offset: float = 0.0, duration: float | None = None
+) -> Item:
+    """A recording in a file, or the part of it that begins at `offset` and lasts `duration` seconds."""
+    part = () if not offset and duration is None else (offset, duration)
+    return Item(id, functools.partial(decode, path, *part), meta, size, (path, offset, duration))
 
 
 def with_standard_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with text, speaker, lang and label under these names, whatever the data set calls them."""
+    """The fields with text, speaker, lang and label under these names, whatever the data set calls them.
+
+    Of several texts the first that is not empty in order of preference is "text"; what bore that name is "raw_text".
+    """
     meta = dict(fields)
     for standard, names in _SYNONYMS.items():
-        found = next((name for name in names if name in meta), standard)
+        present = [name for name in names if name in meta]
+        found = next((name for name in present if meta[name] not in ("", None)), present[0] if present else standard)
         if found != standard:
+            if standard in meta:
+                meta[f"raw_{standard}"] = meta.pop(standard)
             meta[standard] = meta.pop(found)
     return meta
 
@@ -118,7 +158,8 @@ def _embedded(source: str, rest: str) -> Source:
     def items() -> Iterator[Item]:
         for utterance in embedded.utterances(hours, seed=0):
             meta = {key: value for key, value in utterance.items() if key not in ("id", "audio")}
-            yield Item(utterance["id"], functools.partial(np.asarray, utterance["audio"]), meta)
+            audio = utterance["audio"]
+            yield Item(utterance["id"], functools.partial(np.asarray, audio), meta, size=audio.nbytes)
 
     # The corpus is what its code and texts say, spoken by one version of the synthesiser.
     folder = Path(embedded.__file__).parent
@@ -132,34 +173,46 @@ def _embedded(source: str, rest: str) -> Source:
 
 
 def _folder(source: str, rest: str) -> Source:
+    if is_remote(rest):
+        from speechjax.data.beam import remote_folder
+
+        return remote_folder(source, rest)
     root = os.path.abspath(os.path.expanduser(rest))
     if not rest:
         raise UserError(f"data source {source!r}: which folder? Write folder:DIR")
     if not os.path.isdir(root):
         raise UserError(f"data source {source!r}: no such folder: {root}")
-    paths: list[str] = []
+    top = root.rstrip("/") + "/"
+    ids: list[str] = []
     others: collections.Counter[str] = collections.Counter()
     for entry in _walk(root, set()):
         extension = os.path.splitext(entry.name)[1].lower()
         # A dangling link is a recording that somebody misses; a pipe or a socket is not.
         if extension in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
-            paths.append(entry.path)
+            ids.append(entry.path[len(top) :])
         else:
             others[extension or entry.name] += 1
-    if not paths:
+    if not ids:
         common = ", ".join(f"{count} {extension}" for extension, count in others.most_common(3))
         raise UserError(
             f"data source {source!r}: no audio files in {root} (found {common or 'nothing'}; "
             f"readable are {' '.join(sorted(EXTENSIONS))})"
         )
-    ids = sorted(path[len(root.rstrip("/")) + 1 :] for path in paths)
+    ids.sort()
+    sizes = array.array("q")
+
+    def parts() -> Iterator[str]:
+        yield from ("folder", root)
+        for name in ids:
+            status = file_status(top + name)
+            sizes.append(status.size)
+            yield from (name, status.identity)
 
     def items() -> Iterator[Item]:
-        for name in ids:
-            yield Item(name, functools.partial(decode, os.path.join(root, name)), {})
+        for name, size in zip(ids, sizes, strict=True):
+            yield file_item(name, top + name, {}, size)
 
-    identities = (part for name in ids for part in (name, _identity(os.path.join(root, name))))
-    return Source(source, digest(["folder", root, *identities]), items, len(ids), others.total())
+    return Source(source, digest(parts()), items, len(ids), others.total())
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
@@ -180,93 +233,13 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]
             yield entry
 
 
-# ---- manifest
-
-_PATH_KEYS = ("audio_filepath", "audio", "path", "file")
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A manifest line: either a piece of an audio file or the fault that makes it unusable."""
-
-    id: str
-    number: int
-    path: str
-    offset: float
-    duration: float | None
-    meta: dict[str, Any]
-    fault: str
+# ---- those with a file of their own
 
 
 def _manifest(source: str, rest: str) -> Source:
-    path = os.path.abspath(os.path.expanduser(rest))
-    try:
-        with open(path, "rb") as file:
-            rows = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"data source {source!r}: cannot read {path}: {error.strerror}") from error
-    lines = [_parse(row, path, number) for number, row in enumerate(rows, 1) if row.strip()]
-    lines.sort(key=lambda line: line.id)
-    for one, other in itertools.pairwise(lines):
-        if one.id == other.id:
-            raise UserError(
-                f"{path}: lines {one.number} and {other.number} have the same id {one.id!r}; "
-                'give each line its own "id"'
-            )
-    identities = [line.fault or _identity(line.path) for line in lines]
-    if all(line.fault or identity == "missing" for line, identity in zip(lines, identities, strict=True)):
-        _refuse_manifest(path, lines)
+    from speechjax.data import manifests
 
-    def items() -> Iterator[Item]:
-        for line in lines:
-            if line.fault:
-                yield Item(line.id, functools.partial(_raise, line.fault), line.meta)
-            else:
-                read = functools.partial(decode, line.path, line.offset, line.duration)
-                yield Item(line.id, read, line.meta)
-
-    content = hashlib.sha256(b"\n".join(rows)).hexdigest()
-    return Source(source, digest(["manifest", path, content, *identities]), items, len(lines))
-
-
-def _parse(row: bytes, manifest: str, number: int) -> _Line:
-    here = f"{os.path.basename(manifest)}:{number}"
-
-    def rejected(fault: str) -> _Line:
-        return _Line(here, number, "", 0.0, None, {}, fault)
-
-    try:
-        entry = json.loads(row)
-    except ValueError:
-        return rejected("bad JSON")
-    if not isinstance(entry, dict):
-        return rejected("not a JSON object")
-    key = next((key for key in _PATH_KEYS if isinstance(entry.get(key), str)), None)
-    if key is None:
-        return rejected("no audio path")
-    name = entry.pop(key)
-    offset, duration = entry.pop("offset", None), entry.pop("duration", None)
-    # Pieces of one file differ in their offset, so it belongs to the name.
-    own_id = entry.pop("id", name if offset is None else f"{name}@{offset}")
-    if not all(value is None or (type(value) in (int, float) and 0 <= value < 1e9) for value in (offset, duration)):
-        return rejected("bad offset or duration")
-    path = os.path.join(os.path.dirname(manifest), os.path.expanduser(name))
-    return _Line(str(own_id), number, path, offset or 0.0, duration, with_standard_names(entry), "")
-
-
-def _refuse_manifest(path: str, lines: list[_Line]) -> NoReturn:
-    if not lines:
-        raise UserError(f"{path}: the manifest is empty")
-    first = min(lines, key=lambda line: line.number)
-    raise UserError(
-        f"{path}: none of its {len(lines)} lines is usable; line {first.number}: "
-        + (first.fault or f"no such file: {first.path} (relative paths start at the manifest's folder)")
-        + f'; a line looks like {{"{_PATH_KEYS[0]}": "a.wav", "text": "..."}}'
-    )
-
-
-def _raise(fault: str) -> NoReturn:
-    raise BadAudio(fault)
+    return manifests.open_manifest(source, rest)
 
 
 def _tfds(source: str, rest: str) -> Source:
@@ -275,9 +248,16 @@ def _tfds(source: str, rest: str) -> Source:
     return tfds_source.open_split(source, rest)
 
 
+def _shards(source: str, rest: str) -> Source:
+    from speechjax.data.shards import as_source
+
+    return as_source(source, rest)
+
+
 _KINDS: dict[str, Callable[[str, str], Source]] = {
     "embedded": _embedded,
     "folder": _folder,
     "manifest": _manifest,
     "tfds": _tfds,
+    "shards": _shards,
 }

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from speechjax import sharding
-from speechjax.data.pipeline import SAMPLE_RATE, read_rows
+from speechjax.data.decode import SAMPLE_RATE
+from speechjax.data.pipeline import batch_spec, read_rows
 from speechjax.data.plan import Plan, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.errors import UserError
@@ -112,14 +113,14 @@ class Probe:
             out = jax.device_get(self._pooled(params, extra, sharding.global_batch(self.job.mesh, batch)))
             if features is None:
                 features = np.zeros((len(labelled.part), *out.shape[1:]), np.float32)
-            filled = rows.example >= 0
-            features[rows.example[filled]] = out[filled]
+            example = rows.example[:, 0]
+            features[example[example >= 0]] = out[example >= 0]
         assert features is not None  # there is at least one recording
         return features
 
     def _random(self, labelled: Labelled, seed: int) -> tuple[Any, Any]:
         """(params, extra) of an encoder that was never trained."""
-        shapes = batch_shapes(labelled.plan.shapes[0], self.job.mesh)
+        shapes = batch_shapes(batch_spec(labelled.plan.shapes[0]), self.job.mesh)
         state = jax.jit(lambda: init_state(self.job.task, optax.identity(), RANDOM_SEED + seed, shapes))()
         return state.params, state.extra
 

@@ -2,23 +2,20 @@
 
 import errno
 import functools
+import itertools
 import json
 import logging
 import os
 import resource
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from speechjax.data import records as module
 from speechjax.data import sources
 from speechjax.data.records import Records, open_records
+from speechjax.data.shards import UnreadableError
 from speechjax.errors import UserError
 
 RATE = 16_000
@@ -110,7 +107,6 @@ def test_read_is_confined_to_the_example(folder, opened):
     np.testing.assert_array_equal(records.read(1, 100, 50), whole[100:150])
     np.testing.assert_array_equal(records.read(np.int64(1), np.int32(100)), whole[100:])
     assert records.read(1, len(whole), 0).size == 0
-    assert not whole.flags.writeable
     for start, count in ((0, len(whole) + 1), (len(whole) - 1, 2), (-1, 1), (5, -1)):
         with pytest.raises(IndexError, match=r"good1\.wav"):
             records.read(1, start, count)
@@ -137,7 +133,7 @@ def test_segments_of_awkward_lengths_cover_everything(tmp_path, opened):
     records = opened(tmp_path / "speech", segment_seconds=0.3, min_seconds=0.15)
     assert len(records) == 4
     assert records.lengths.max() - records.lengths.min() <= 1
-    np.testing.assert_array_equal(records.offsets[1:], records.offsets[:-1] + records.lengths[:-1])
+    np.testing.assert_array_equal(records.begin[1:], records.begin[:-1] + records.lengths[:-1])
     assert records.lengths.sum() == len(noise(1.00006))
 
 
@@ -149,8 +145,8 @@ def test_meta_follows_its_recording(tmp_path, opened):
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records = opened(f"manifest:{tmp_path / 'm.jsonl'}", segment_seconds=1.0)
     assert records.ids == ["0.wav", "1.wav#0000", "1.wav#0001"]
-    assert records.meta[0] == {"text": "ß0", "phones": ["a"], "speaker": 0, "lang": "de"}
-    assert records.meta[1] == records.meta[2] == {"speaker": 1, "lang": "de"}
+    assert records.meta(0) == {"text": "ß0", "phones": ["a"], "speaker": 0, "lang": "de"}
+    assert records.meta(1) == records.meta(2) == {"speaker": 1, "lang": "de"}
 
 
 def test_mean_and_std_of_a_long_recording(tmp_path, opened):
@@ -221,7 +217,7 @@ def test_second_opening_decodes_nothing(folder, opened, decodes, tmp_path):
     second = opened(folder)
     assert len(decodes) == 10
     assert second.ids == first.ids
-    assert second.meta == first.meta
+    assert [second.meta(i) for i in range(6)] == [first.meta(i) for i in range(6)]
     assert second.rejected == first.rejected
     for k in range(len(first)):
         np.testing.assert_array_equal(second.read(k), first.read(k))
@@ -250,16 +246,11 @@ def test_cache_place(folder, tmp_path, monkeypatch):
     assert (tmp_path / "home" / ".cache" / "speechjax" / "records").is_dir()
 
 
-def drop_last_line(path: Path) -> None:
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-
-
 DAMAGES = {
-    "audio.pcm": lambda path: os.truncate(path, path.stat().st_size - 2),
-    "index.npz": lambda path: os.truncate(path, 100),
-    "examples.jsonl": drop_last_line,
-    "rejected.jsonl": lambda path: path.write_text("{"),
-    "info.json": lambda path: path.unlink(),
+    "shard-00000.pcm": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "shard-00000.jsonl": lambda path: path.unlink(),
+    "index.npy": lambda path: os.truncate(path, 100),
+    "dataset.json": lambda path: path.write_text("{"),
 }
 
 
@@ -270,63 +261,84 @@ def test_damaged_entry_is_prepared_again(folder, opened, tmp_path, name, caplog)
     DAMAGES[name](entry / name)
     with caplog.at_level(logging.WARNING, "speechjax"):
         records = opened(folder)
-    assert "is damaged" in caplog.messages[0]
+    assert "it will be prepared again" in caplog.messages[0]
     np.testing.assert_array_equal(records.read(0), noise(0.5))
     assert entries(tmp_path) == [entry]
 
 
-def test_interruption_leaves_no_entry(folder, opened, tmp_path, monkeypatch):
-    real = sources.decode
-
+def test_interrupted_first_use_goes_on(folder, opened, tmp_path, monkeypatch):
     def interrupted(path, *part):
-        if path.endswith("good3.wav"):
-            raise KeyboardInterrupt
-        return real(path, *part)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             opened(folder)
-    assert entries(tmp_path) == []
+    (entry,) = entries(tmp_path)
+    assert not (entry / "dataset.json").exists()
     assert len(opened(folder)) == 6
 
 
-def test_killed_process_leaves_only_its_work_folder(folder, opened, tmp_path):
-    program = (
-        "import os, sys; from speechjax.data import sources; from speechjax.data.records import open_records\n"
-        "real = sources.decode\n"
-        "sources.decode = lambda path, *part: os._exit(9) if path.endswith('long.flac') else real(path, *part)\n"
-        "open_records(sys.argv[1], cache_dir=sys.argv[2], min_seconds=0.1, max_bad_share=1.0)"
-    )
-    command = [sys.executable, "-c", program, f"folder:{folder}", str(tmp_path / "cache")]
-    assert subprocess.run(command).returncode == 9
-    (work,) = entries(tmp_path)
-    assert ".tmp-" in work.name
-    assert len(opened(folder)) == 6
-    assert work in entries(tmp_path)  # may be another process's that is still at work
-    yesterday = time.time() - 25 * 3600
-    for path in (work, *work.iterdir()):
-        os.utime(path, (yesterday, yesterday))
-    write(folder / "more.wav", noise(0.5))
-    opened(folder)
-    assert work not in entries(tmp_path)
+# ---- mixtures
+
+
+@pytest.fixture
+def two(tmp_path) -> list[Path]:
+    """Two folders, both with a recording a.wav."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for k, folder in enumerate(folders):
+        folder.mkdir()
+        for name in ("a", "b", "c"):
+            write(folder / f"{name}.wav", noise(0.5 + k, seed=len(name) + k))
+    return folders
+
+
+def test_a_mixture_keeps_its_parts_apart(two, opened):
+    records = opened(f"folder:{two[0]}?weight=3 + folder:{two[1]}")
+    assert records.ids == ["0:a.wav", "0:b.wav", "0:c.wav", "1:a.wav", "1:b.wav", "1:c.wav"]
+    assert records.part.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [opened.part.weight for opened in records.parts] == [3.0, 1.0]
+    np.testing.assert_array_equal(records.read(3), noise(1.5, seed=2))
+    assert records.keys[0] == records.keys[3]  # by the source's own id, whatever it is mixed with
+
+
+def test_a_cap_takes_a_growing_subset(folder, opened):
+    whole = opened(folder)
+    hours = whole.hours
+    sets = [set(opened(f"folder:{folder}?hours={share * hours}").ids) for share in (1e-6, 0.05, 0.5, 1.1)]
+    assert all(small <= large for small, large in itertools.pairwise(sets))
+    assert len(sets[0]) == 1
+    assert sets[-1] == set(whole.ids)
+    assert 1 < len(sets[2]) < 6
+    assert opened(f"folder:{folder}?hours={hours / 2}").hours <= max(hours / 2, 10.5 / 3600)
+
+
+def test_read_in_place_gives_the_same_and_stores_no_samples(folder, opened, tmp_path):
+    write(folder / "stereo.wav", np.stack([noise(0.6, 5), noise(0.6, 6)], axis=1))
+    write(folder / "slow.flac", noise(0.6, 7), rate=8_000)
+    write(folder / "float.wav", noise(0.6, 8) / 40_000, subtype="FLOAT")
+    write(folder / "opus.ogg", noise(0.6, 9), format="OGG", subtype="OPUS")
+    copied, placed = opened(folder), opened(f"folder:{folder}?copy=no")
+    assert placed.ids == copied.ids
+    for name in ("lengths", "keys", "mean", "std", "piece"):
+        np.testing.assert_array_equal(getattr(placed, name), getattr(copied, name))
+    for i in range(len(copied)):
+        np.testing.assert_array_equal(placed.read(i), copied.read(i))
+        third = int(copied.lengths[i]) // 3
+        np.testing.assert_array_equal(placed.read(i, third, third), copied.read(i, third, third))
+    assert len(list((tmp_path / "cache").rglob("*.pcm"))) == 1
     assert len(entries(tmp_path)) == 2
 
 
-def test_losing_the_race_is_fine(folder, opened, tmp_path, monkeypatch):
-    """Another process finishes the same entry while this one decodes."""
-    opened(folder)
-    (entry,) = entries(tmp_path)
-    entry.rename(tmp_path / "theirs")
-    real = module._write
-
-    def slower(source, work, written, progress):
-        real(source, work, written, progress)
-        shutil.copytree(tmp_path / "theirs", entry)
-
-    monkeypatch.setattr(module, "_write", slower)
-    assert len(opened(folder)) == 6
-    assert entries(tmp_path) == [entry]
+def test_in_place_a_file_that_is_gone_is_unreadable_and_the_others_are_not(folder, opened):
+    records = opened(f"folder:{folder}?copy=no", segment_seconds=3.0)
+    (folder / "good1.wav").unlink()
+    cut = (folder / "long.flac").read_bytes()
+    (folder / "long.flac").write_bytes(cut[: len(cut) // 2])
+    np.testing.assert_array_equal(records.read(0), noise(0.5))
+    for i in (1, len(records) - 1):
+        with pytest.raises(UnreadableError):
+            records.read(i)
 
 
 # ---- storage that fails
@@ -338,17 +350,16 @@ def test_disk_full_for_real(folder, opened, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"the disk is full.* needs about .* GB .*cache/records.*SPEECHJAX_CACHE"):
+        with pytest.raises(UserError, match=r"the disk is full.* needs about .* GB in .*cache/records.*larger disk"):
             opened(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert entries(tmp_path) == []
     assert len(opened(folder)) == 7
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EROFS, "cannot write the cache")],
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EROFS, "cannot write .*records")],
 )
 def test_errors_of_the_cache_disk(folder, opened, tmp_path, monkeypatch, code, message):
     def failing(fd):
@@ -357,12 +368,12 @@ def test_errors_of_the_cache_disk(folder, opened, tmp_path, monkeypatch, code, m
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(UserError, match=message):
         opened(folder)
-    assert entries(tmp_path) == []
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
 def test_cache_dir_that_is_a_file(folder, opened, tmp_path):
     (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match=r"cannot write the cache in .*/cache/records: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*/cache/records.*: Not a directory"):
         opened(folder)
 
 
@@ -373,9 +384,9 @@ def test_failing_disk_of_the_source_is_not_a_verdict(folder, opened, tmp_path, m
         raise OSError(errno.EIO, "Input/output error", path)
 
     monkeypatch.setattr(sources, "decode", failing)
-    with pytest.raises(UserError, match=r"cannot read folder:.*Input/output error"):
+    with pytest.raises(UserError, match=r"cannot read bad_cut.wav: .*Input/output error.*disk all right"):
         opened(folder)
-    assert entries(tmp_path) == []
+    assert not list((tmp_path / "cache").rglob("dataset.json"))
 
 
 # ---- real speech
@@ -399,5 +410,5 @@ def test_real_manifest(real_speech, opened, tmp_path):
         entry["audio_filepath"] = str(real_speech / "kerstin" / entry["audio_filepath"])
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     records = opened(f"manifest:{tmp_path / 'm.jsonl'}", max_bad_share=0.0)
-    assert [meta["text"] for meta in records.meta] == [entry["text"] for entry in entries]
+    assert [records.meta(i)["text"] for i in range(len(records))] == [entry["text"] for entry in entries]
     np.testing.assert_allclose(records.lengths / RATE, [entry["duration"] for entry in entries], atol=1e-3)

@@ -1,7 +1,11 @@
 """What a source string names: which recordings, under which ids, with which text; and what a mistake is answered."""
 
-import json
+import multiprocessing
 import os
+import sys
+import tracemalloc
+import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,7 @@ import pytest
 import soundfile
 
 from speechjax.data import sources
-from speechjax.data.decode import BadAudio
-from speechjax.data.sources import open_source
+from speechjax.data.sources import Item, open_source
 from speechjax.errors import UserError
 
 
@@ -31,12 +34,14 @@ def write(path: Path, audio: np.ndarray, rate: int = 16_000, **options) -> Path:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "embedded.*folder:DIR.*manifest:FILE.jsonl.*tfds:NAME"),
+        ("", "embedded.*folder:DIR.*manifest:FILE.*tfds:NAME.*shards:DIR"),
         ("s3://bucket", "unknown kind 's3'"),
         ("/tmp", "did you mean folder:/tmp"),
         ("folder:", "which folder"),
         ("folder:/no/such/place", "no such folder: /no/such/place"),
+        ("manifest:", "which file"),
         ("manifest:/no/such.jsonl", "cannot read /no/such.jsonl"),
+        ("manifest:/", "cannot read /: Is a directory"),
         ("embedded:lots", "positive number"),
         ("embedded:-1", "positive number"),
         ("embedded:nan", "positive number"),
@@ -108,95 +113,78 @@ def test_fingerprint_follows_the_files(tmp_path):
     assert len(set(prints)) == 5
 
 
-def manifest(folder: Path, *lines: str | dict) -> str:
-    rows = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / "m.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return f"manifest:{folder / 'm.jsonl'}"
+def test_items_carry_what_shards_and_workers_need(tmp_path):
+    """The size of the file, where it lies, and a `read` that another process can run."""
+    paths = [write(tmp_path / name, noise(samples)) for name, samples in (("a.wav", 8_000), ("b.flac", 16_000))]
+    items = list(open_source(f"folder:{tmp_path}").items())
+    assert [item.size for item in items] == [path.stat().st_size for path in paths]
+    assert [item.file for item in items] == [(str(path), 0.0, None) for path in paths]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        there = list(pool.map(read_in_worker, items))
+    for item, read in zip(items, there, strict=True):
+        np.testing.assert_array_equal(item.read(), read)
 
 
-def verdicts(source: str) -> dict[str, str | int]:
-    found = {}
-    for item in open_source(source).items():
-        try:
-            found[item.id] = len(item.read())
-        except BadAudio as verdict:
-            found[item.id] = str(verdict)
-    return found
+def read_in_worker(item: Item) -> np.ndarray:
+    return item.read()
 
 
-def test_manifest(tmp_path):
-    (tmp_path / "clips").mkdir()
-    write(tmp_path / "clips" / "a.wav", noise())
-    outside = write(tmp_path / "outside.wav", noise(seed=3))
-    name = manifest(
-        tmp_path,
-        {"audio_filepath": "clips/a.wav", "duration": 3.0, "text": "grüß dich", "speaker_id": 7, "lang": "de"},
-        "",
-        {"audio_filepath": "clips/a.wav", "offset": 1.0, "duration": 0.5, "transcript": "middle"},
-        {"path": str(outside), "id": 12, "label": "x", "phones": ["a"]},
-    )
-    items = {item.id: item for item in open_source(name).items()}
-    assert list(items) == ["12", "clips/a.wav", "clips/a.wav@1.0"]
-    assert items["clips/a.wav"].meta == {"text": "grüß dich", "speaker": 7, "lang": "de"}
-    assert items["12"].meta == {"label": "x", "phones": ["a"]}
-    assert items["clips/a.wav@1.0"].meta == {"text": "middle"}
-    np.testing.assert_array_equal(items["12"].read(), noise(seed=3))
-    np.testing.assert_array_equal(items["clips/a.wav"].read(), noise())
-    np.testing.assert_array_equal(items["clips/a.wav@1.0"].read(), noise()[16_000:24_000])
-
-
-def test_manifest_faults_are_items_with_line_numbers(tmp_path):
+def test_folder_keeps_to_audio_where_metadata_lie_beside_it(tmp_path):
     write(tmp_path / "a.wav", tone())
-    name = manifest(
-        tmp_path,
-        {"audio_filepath": "a.wav"},
-        '{"audio_filepath": "a.wav", "text": ',
-        {"text": "no audio"},
-        {"audio_filepath": "missing.wav"},
-        {"audio_filepath": "a.wav", "offset": -1},
-        {"audio_filepath": "a.wav", "id": "late", "offset": 9},
-        '["a.wav"]',
-        '{"audio_filepath": "a.wav", "duration": Infinity}',
-    )
-    assert verdicts(name) == {
-        "a.wav": len(tone()),
-        "m.jsonl:2": "bad JSON",
-        "m.jsonl:3": "no audio path",
-        "missing.wav": "no such file",
-        "m.jsonl:5": "bad offset or duration",
-        "late": "offset beyond the end",
-        "m.jsonl:7": "not a JSON object",
-        "m.jsonl:8": "bad offset or duration",
-    }
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,hello\n")
+    (item,) = open_source(f"folder:{tmp_path}").items()
+    assert item.meta == {}
+    (item,) = open_source(f"manifest:{tmp_path}/metadata.csv").items()
+    assert item.meta == {"text": "hello"}
+
+
+def test_folder_statistics_are_lean(tmp_path):
+    """A name, a number and no object a file: below 150 bytes each, where a Path or an Item takes 400 and more."""
+    first = write(tmp_path / "0.wav", tone(seconds=0.1))
+    for k in range(1, 4_000):
+        os.link(first, tmp_path / f"{k}.wav")
+    tracemalloc.start()
+    source = open_source(f"folder:{tmp_path}")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert source.total == 4_000
+    assert held < 150 * 4_000
+    assert sum(item.size for item in source.items()) == 4_000 * first.stat().st_size
+
+
+def test_files_that_cannot_be_read_change_the_fingerprint(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", tone())
+    os.chmod(path, 0o600)
+    before = open_source(f"folder:{tmp_path}").fingerprint
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may read everything
+    assert open_source(f"folder:{tmp_path}").fingerprint != before
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("fields", "meta"),
     [
-        ([], "the manifest is empty"),
-        (['[{"audio_filepath": "a.wav"},', '{"audio_filepath": "b.wav"}]'], "line 1: bad JSON; a line looks like"),
-        (
-            [{"audio_filepath": "x.wav"}, {"audio_filepath": "y.wav"}],
-            "line 1: no such file: .*/x.wav .relative paths",
-        ),
-        ([{"audio_filepath": "x.wav"}, {}, {"audio_filepath": "x.wav"}], "lines 1 and 3 have the same id 'x.wav'"),
+        ({"text": "a", "speaker_id": 7}, {"text": "a", "speaker": 7}),
+        ({"sentence": "a", "client_id": "x", "locale": "de"}, {"text": "a", "speaker": "x", "lang": "de"}),
+        # As it is spoken wins over as it is written, which is kept.
+        ({"text": "Dr. X", "normalized_text": "doctor x"}, {"raw_text": "Dr. X", "text": "doctor x"}),
+        ({"text": "a", "normalized_text": ""}, {"text": "a", "normalized_text": ""}),
+        ({"text": "", "normalized_text": None}, {"raw_text": "", "text": None}),
+        ({"transcript": ""}, {"text": ""}),
+        ({"other": 1}, {"other": 1}),
     ],
 )
-def test_manifest_refused(tmp_path, lines, message):
-    with pytest.raises(UserError, match=message):
-        open_source(manifest(tmp_path, *lines))
+def test_standard_names(fields, meta):
+    given = dict(fields)
+    assert sources.with_standard_names(fields) == meta
+    assert fields == given
 
 
-def test_manifest_fingerprint_sees_text_and_missing_files(tmp_path):
-    write(tmp_path / "a.wav", tone())
-    lines = [{"audio_filepath": "a.wav"}, {"audio_filepath": "b.wav", "text": "one"}]
-    prints = [open_source(manifest(tmp_path, *lines)).fingerprint for _ in range(2)]
-    assert prints[0] == prints[1]
-    lines[1]["text"] = "two"
-    prints.append(open_source(manifest(tmp_path, *lines)).fingerprint)
-    write(tmp_path / "b.wav", tone())
-    prints.append(open_source(manifest(tmp_path, *lines)).fingerprint)
-    assert len(set(prints)) == 3
+def test_shards_open_by_their_own_module(monkeypatch):
+    """A stand-in for the module of prepared sets: it alone knows what the folder holds."""
+    module = types.ModuleType("speechjax.data.shards")
+    module.as_source = lambda source, rest: (source, rest)
+    monkeypatch.setitem(sys.modules, "speechjax.data.shards", module)
+    assert open_source("shards:/prepared/a") == ("shards:/prepared/a", "/prepared/a")
 
 
 def test_embedded():

@@ -37,7 +37,8 @@ def probe_config(folder, **options):
 
 def run(config, workdir):
     task = configs.make_task(config)
-    data = pipeline.open_data(seed=0, row_divisor=4, frame_len=task.encoder.frame_len(), **config.data.to_dict())
+    options = dict(row_divisor=4, frame_len=task.encoder.frame_len(), segment_align=0, workdir=None)
+    data = pipeline.open_data(seed=0, **options, **config.data.to_dict())
     return train(config, data, workdir)
 
 

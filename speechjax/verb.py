@@ -1,0 +1,57 @@
+"""What all verbs share: from an exception to one clear line and an exit code."""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from speechjax.errors import UserError
+
+log = logging.getLogger("speechjax")
+
+
+def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:
+    """Runs a verb and leaves the process with its exit code at once; the messages say how to go on.
+
+    `os._exit`, because the exit barrier of a distributed job waits minutes for peers that a failed process has
+    already let down.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    # orbax's background writers print tracebacks of errors that reach us anyway, and become one line below.
+    handler.addFilter(lambda record: record.name != "absl")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    log.setLevel(logging.INFO)
+    # Every exception is caught below; what still gets here are echoes from the threads of a writer that failed.
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    try:
+        code = run()
+    except SystemExit as leaving:  # argparse
+        code = int(leaving.code or 0)
+    except UserError as error:
+        log.error("error: %s", error)
+        code = 1
+    except KeyboardInterrupt:
+        log.error("interrupted; %s", interrupted)
+        code = 1
+    except BaseException as error:
+        code = 1
+        if _disk_is_full(error):
+            log.error("error: no space left on the disk; %s", full_disk)
+        elif isinstance(error, OSError) and error.filename:
+            log.error("error: %s: %s", error.filename, error.strerror)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind this; checkpoint writers report it in words, from another thread."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
