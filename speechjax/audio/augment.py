@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from speechjax.audio.waveform import frame_mask, valid_samples, zero_padding
+
 Rows = tuple[jax.Array, jax.Array]
 
 # Park et al. (2019), table 1, as arguments of `spec_augment`; LB and LD are LibriSpeech, SM and SS Switchboard.
@@ -164,14 +166,13 @@ def spec_augment(
     bands = jnp.full((B,), F, lengths.dtype)
     hidden_BxTx1 = _spans(time_keys, lengths, widest, time_masks, T)[:, :, None]
     hidden_Bx1xF = _spans(freq_keys, bands, jnp.minimum(bands, freq_width), freq_masks, F)[:, None, :]
-    valid = (jnp.arange(T, dtype=lengths.dtype)[None] < lengths[:, None])[:, :, None]
-    features = jnp.where(valid, features, jnp.zeros((), features.dtype))
+    features = zero_padding(features, lengths)
     if fill is None:
         count = (jnp.maximum(lengths, 1) * F).astype(features.dtype)[:, None, None]
         value = jnp.sum(features, axis=(1, 2), keepdims=True) / count
     else:
         value = jnp.full((B, 1, 1), fill, features.dtype)
-    return jnp.where(valid & (hidden_BxTx1 | hidden_Bx1xF), value, features), lengths
+    return jnp.where(frame_mask(T, lengths) & (hidden_BxTx1 | hidden_Bx1xF), value, features), lengths
 
 
 def _spans(keys: jax.Array, extents: jax.Array, widest: jax.Array, count: int, size: int) -> jax.Array:
@@ -185,14 +186,6 @@ def _spans(keys: jax.Array, extents: jax.Array, widest: jax.Array, count: int, s
 
 
 # ---- what every augmentation is made of
-
-
-def valid_samples(audio: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The audio as float, int16 PCM scaled to [-1, 1), with zeros beyond each row's length: [B, S]."""
-    if audio.dtype == jnp.int16:
-        audio = audio.astype(jnp.float32) / 32768.0
-    inside = jnp.arange(audio.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
-    return jnp.where(inside, audio, jnp.zeros((), audio.dtype))
 
 
 def fit(signal: jax.Array, samples: int) -> jax.Array:

@@ -4,7 +4,6 @@ Shape alphabet: B batch, S samples, R samples of a room response. The contract i
 lengths [B]) in and out, per-row parameters, padding neither read nor left.
 """
 
-import functools
 import math
 from fractions import Fraction
 
@@ -12,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speechjax.audio.augment import Rows, fit, level_ratio, mean_power, per_row, valid_samples
-from speechjax.errors import UserError
+from speechjax.audio.augment import Rows, fit, level_ratio, mean_power, per_row
+from speechjax.audio.resample import resample
+from speechjax.audio.waveform import valid_samples
 
 SPEED_OF_SOUND = 343.0
 
-# The resampling filter: zero crossings on either side of its middle, and a Kaiser window with 80 dB of attenuation.
-_CROSSINGS = 32
-_KAISER_BETA = 8.0
-# Finer ratios would need a kernel of hundreds of phases.
+# Finer ratios would need a filter of hundreds of phases.
 _MAX_DENOMINATOR = 100
 # Half the support of a delayed impulse in `shoebox_response`, samples.
 _DELAY_REACH = 40
@@ -49,9 +46,8 @@ def speed(
 
     Returns [B, speed_len(S, factors)], a row of n samples now ceil(n / factor) long. Every row is resampled to every
     factor, a strided convolution each: several times the arithmetic of one, but none of the gathers that a factor
-    traced per row would need. The linear-phase low-pass filter halves the amplitude at the lower of the two Nyquist
-    frequencies; it passes 0.92 of that band and suppresses what would alias by 80 dB.
-    Raises UserError for factors that are not fractions of whole numbers up to 100.
+    traced per row would need. What passes and what does not is the filter of `resample`.
+    Raises ValueError for factors that are not fractions of whole numbers up to 100.
     """
     signal = valid_samples(audio, lengths)
     width = speed_len(signal.shape[1], factors)
@@ -59,58 +55,17 @@ def speed(
     for number, factor in enumerate(factors):
         ratio = _ratio(factor)
         chosen = which == number
-        resampled = fit(_resample(signal, ratio.numerator, ratio.denominator), width)
-        changed = jnp.where(chosen[:, None], resampled, changed)
-        whole, rest = lengths // ratio.numerator, lengths % ratio.numerator
-        # In this order minutes of audio do not overflow 32 bits.
-        duration = whole * ratio.denominator - (-rest * ratio.denominator) // ratio.numerator
-        new_lengths = jnp.where(chosen, duration, new_lengths)
-    return valid_samples(changed, new_lengths), new_lengths
+        resampled, durations = resample(signal, lengths, from_hz=ratio.numerator, to_hz=ratio.denominator)
+        changed = jnp.where(chosen[:, None], fit(resampled, width), changed)
+        new_lengths = jnp.where(chosen, durations, new_lengths)
+    return changed, new_lengths
 
 
 def _ratio(factor: float) -> Fraction:
     ratio = Fraction(factor).limit_denominator(_MAX_DENOMINATOR)
     if ratio <= 0 or ratio.numerator > _MAX_DENOMINATOR or abs(float(ratio) - factor) > 1e-9 * factor:
-        raise UserError(f"speed factor {factor} is not a fraction of whole numbers up to {_MAX_DENOMINATOR}: round it")
+        raise ValueError(f"speed factor {factor} is not a fraction of whole numbers up to {_MAX_DENOMINATOR}: round it")
     return ratio
-
-
-def _resample(signal: jax.Array, down: int, up: int) -> jax.Array:
-    """`up` samples for every `down`: [B, S] -> [B, ceil(S * up / down)].
-
-    Outputs up * q + r of any q see the same taps at inputs down * q + j: one convolution with stride `down` and a
-    channel for every r.
-    """
-    if down == up:
-        return signal
-    samples = signal.shape[1]
-    kernel, reach = _resampling_kernel(down, up)
-    blocks = -(-math.ceil(samples * up / down) // up)
-    after = max(0, down * (blocks - 1) + len(kernel) - reach - samples)
-    phases = jax.lax.conv_general_dilated(
-        signal[:, :, None],
-        jnp.asarray(kernel, signal.dtype)[:, None, :],
-        window_strides=(down,),
-        padding=[(reach, after)],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        # Accelerators would multiply in bfloat16, an error of 0.4 %.
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return phases[:, :blocks].reshape(len(signal), blocks * up)[:, : math.ceil(samples * up / down)]
-
-
-@functools.cache
-def _resampling_kernel(down: int, up: int) -> tuple[np.ndarray, int]:
-    """Taps [J, up] of each phase, and the number of them that lie before the block's first input."""
-    half = _CROSSINGS * max(down, up)
-    fine = np.arange(-half, half + 1)
-    low_pass = np.sinc(fine / max(down, up)) * np.kaiser(2 * half + 1, _KAISER_BETA)
-    low_pass *= up / low_pass.sum()
-    reach = half // up
-    inputs = np.arange(-reach, ((up - 1) * down + half) // up + 1)
-    place = half + np.arange(up)[None] * down - inputs[:, None] * up
-    inside = (place >= 0) & (place <= 2 * half)
-    return np.where(inside, low_pass[np.clip(place, 0, 2 * half)], 0.0), reach
 
 
 # ---- band limits
@@ -130,10 +85,10 @@ def band_limit(
     A linear-phase filter without delay: an ideal one under a Hamming window, scaled to 1 in the middle of its band
     (at 0 Hz or at half the sample rate where the band reaches it), as `scipy.signal.firwin` makes it. The
     transition is about 3.3 * sample_rate / taps wide and has the amplitude 1/2 at the given frequency.
-    Raises UserError for an even number of taps.
+    Raises ValueError for an even number of taps.
     """
     if taps % 2 == 0:
-        raise UserError(f"band_limit needs an odd number of taps, not {taps}: an even filter delays by half a sample")
+        raise ValueError(f"band_limit needs an odd number of taps, not {taps}: an even filter delays by half a sample")
     signal = valid_samples(audio, lengths)
     # In units of half the sample rate.
     low, high = (

@@ -16,9 +16,9 @@ from speechjax.audio.augment import (
     mean_power,
     per_row,
     split_keys,
-    valid_samples,
 )
 from speechjax.audio.augment_filters import fft_convolve
+from speechjax.audio.waveform import valid_samples
 
 # Length of the filter that colours noise: below sample_rate / _COLOR_TAPS (8 Hz at 16 kHz) the spectrum is flat.
 _COLOR_TAPS = 2048
