@@ -79,8 +79,8 @@ def _write_rejected(workdir: Path, rejected: list[dict[str, str]]) -> None:
     import jax
 
     if jax.process_index() == 0:
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected]
-        (workdir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps(entry) + "\n" for entry in rejected]  # ASCII: names of files need not be UTF-8
+        (workdir / "rejected.jsonl").write_text("".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers={args.workers}: at least 1")
+    if args.tfds and not re.fullmatch(r"[A-Za-z]\w*", args.tfds, re.ASCII):
+        parser.error(f"--tfds={args.tfds}: a name of letters, digits and _ that begins with a letter")
     if args.beam and not args.runner:
         parser.error(f"{' '.join(args.beam)}: options for Beam need --runner")
     return args
@@ -93,7 +96,7 @@ def run(argv: Sequence[str] | None) -> int:
             log.info("TFDS data set: %s", write_tfds(folder, out / "tfds", name))
     _show(statistics)
     log.info("statistics: %s", page)
-    log.info("train on it with --config.data.source=shards:%s", out)
+    log.info("train on it with %s", shlex.quote(f"--config.data.source=shards:{out}"))
     return 0
 
 

@@ -61,7 +61,7 @@ def write_report(workdir: Path) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{title}</h1>{''.join(sections)}</body></html>\n"
     )
-    replace_file(folder / "index.html", page.encode())
+    replace_file(folder / "index.html", page.encode("utf-8", "backslashreplace"))  # ids need not be text
     return folder / "index.html"
 
 

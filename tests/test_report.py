@@ -66,6 +66,12 @@ def test_everything_is_escaped_and_links_are_relative(tmp_path):
     assert not re.search(r'(src|href)="(/|https?:|file:)', page)
 
 
+def test_names_of_files_that_are_not_text(tmp_path):
+    name = b"caf\xe9.wav".decode("utf-8", "surrogateescape")
+    (tmp_path / "rejected.jsonl").write_text(json.dumps({"id": name, "reason": "truncated"}) + "\n")
+    assert b"caf\\udce9.wav: truncated" in write_report(tmp_path).read_bytes()
+
+
 def test_pictures_with_their_sound(tmp_path):
     (tmp_path / "report").mkdir()
     for name in ("picture_20.png", "picture_20.wav", "picture_100.png"):

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -64,6 +64,11 @@ def decode(path: str | os.PathLike[str], offset: float = 0.0, duration: float | 
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise BadAudio("no such file") from error
         raise
+
+
+def for_soundfile(path: str) -> Any:
+    """The name of a file as soundfile takes it: one that is not UTF-8 only as bytes, which its annotations deny."""
+    return os.fsencode(path)
 
 
 def raw_pcm_offset(path: str | os.PathLike[str]) -> int | None:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from speechjax.data.buffers import Buffers
 from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.fill import FillPlan
 from speechjax.data.mixture import rates
 from speechjax.data.plan import Plan, Rows, Shape, plan_shapes
 from speechjax.data.records import Records, open_records
-from speechjax.data.shards import UnreadableError
+from speechjax.data.shards import DamagedError, UnreadableError
 from speechjax.data.text import Tokenizer, load_tokenizer, make_tokenizer
 from speechjax.errors import UserError
 
@@ -49,6 +50,7 @@ class Data:
         self.max_bad_share = max_bad_share
         self.unread = self.read = 0
         self._counting = threading.Lock()
+        self._buffers = Buffers()
         self._parts = {"train": train, "valid": valid}
         self._plans: dict[str, Any] = {"train": train_plan, "valid": valid_plan}
 
@@ -81,7 +83,7 @@ class Data:
 
     def _read(self, split: str, rows: Rows, host: int, hosts: int) -> Batch:
         part = self._parts[split]
-        batch = read_rows(self.records, part, rows, host, hosts, self._lost)
+        batch = read_rows(self.records, part, rows, host, hosts, self._lost, self._buffers)
         with self._counting:
             self.read += int(np.count_nonzero(batch["lengths"]))
         if self.tokens:
@@ -92,13 +94,19 @@ class Data:
         with self._counting:
             self.unread += 1
             unread, read = self.unread, self.read + self.unread
-        if unread <= 3:
-            log.warning("cannot read %s (%s): an empty row takes its place", self.records.id(i), error)
-        if unread > _PATIENCE and unread > self.max_bad_share * read:
+        many = unread > _PATIENCE and unread > self.max_bad_share * read
+        if not many and unread > 3:
+            return
+        try:
+            name = self.records.id(i)
+        except (OSError, DamagedError):  # it lies on the same disk
+            name = f"example {i}"
+        if many:
             raise UserError(
-                f"{unread:,} of {read:,} examples could not be read, the last one {self.records.id(i)!r} ({error}); is "
-                "the disk of the data all right? Given again, the command resumes"
+                f"{unread:,} of {read:,} examples could not be read, the last one {name!r} ({error}); is the disk of "
+                "the data all right? Given again, the command resumes"
             )
+        log.warning("cannot read %s (%s): an empty row takes its place", name, error)
 
 
 def batch_spec(shape: Shape) -> Spec:
@@ -118,26 +126,33 @@ def host_share(rows: Rows, host: int, hosts: int) -> Rows:
 
 def read_rows(
     records: Records, part: np.ndarray, rows: Rows, host: int = 0, hosts: int = 1,
-    lost: Callable[[int, Exception], None] | None = None,
+    lost: Callable[[int, Exception], None] | None = None, buffers: Buffers | None = None,
 ) -> Batch:  # fmt: skip
     """This host's slice of one planned batch; `part` maps the plan's examples to records.
 
-    An example that cannot be read becomes an empty segment and is reported to `lost`, or raises without one.
+    An example that cannot be read becomes an empty segment and is reported to `lost`, or raises without one.  The
+    audio lies in memory of `buffers`, if given.
     """
     shape, example, start, count, at = host_share(rows, host, hosts)
-    audio = np.zeros((len(example), shape.samples), np.int16)
+    audio = (buffers or Buffers()).empty((len(example), shape.samples), np.int16)
     lengths = count.astype(np.int32)
-    for r, g in np.argwhere(example >= 0):
-        i, first = int(part[example[r, g]]), int(at[r, g])
-        out = audio[r, first : first + int(count[r, g])]
-        try:
-            records.read_into(i, int(start[r, g]), out)
-        except UnreadableError as error:
-            if lost is None:
-                raise
-            lost(i, error)
-            out[:] = 0
-            lengths[r, g] = 0
+    for r, segments in enumerate(np.stack([example, start, count, at], axis=-1).tolist()):
+        end = 0
+        for g, (k, begin, size, first) in enumerate(segments):
+            if k < 0:
+                break
+            audio[r, end:first] = 0
+            end = first + size
+            i, out = int(part[k]), audio[r, first:end]
+            try:
+                records.read_into(i, begin, out)
+            except UnreadableError as error:
+                if lost is None:
+                    raise
+                lost(i, error)
+                out[:] = 0
+                lengths[r, g] = 0
+        audio[r, end:] = 0
     which = part[np.maximum(example, 0)]
     batch = dict(audio=audio, lengths=lengths, mean=records.mean[which], std=records.std[which])
     if shape.segments > 1:

@@ -25,7 +25,7 @@ import soundfile
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from speechjax.data.decode import SAMPLE_RATE
+from speechjax.data.decode import SAMPLE_RATE, for_soundfile
 from speechjax.data.shard_writer import finish, shard_info, write_json, write_shard
 from speechjax.data.shards import FORMAT, DamagedError, Shards
 from speechjax.data.sources import Item, Source
@@ -156,8 +156,8 @@ def _work(
             collect(0)
         except BaseException as error:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
             _end([process for process in multiprocessing.active_children() if process not in strangers])
+            pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
                     "a worker process was killed, perhaps for lack of memory: give the command again with fewer "
@@ -235,7 +235,7 @@ def expected_bytes(source: Source) -> int:
             return 0
         path, _, duration = item.file
         try:
-            seconds += soundfile.info(path).duration if duration is None else duration
+            seconds += soundfile.info(for_soundfile(path)).duration if duration is None else duration
             read += 1
         except (soundfile.LibsndfileError, OSError):  # to be rejected
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from speechjax.data.decode import SAMPLE_RATE, BadAudio, raw_pcm_offset
+from speechjax.data.decode import SAMPLE_RATE, BadAudio, for_soundfile, raw_pcm_offset
 from speechjax.data.shards import FORMAT, FULL_SCALE, INDEX, id_key, shard_name
 from speechjax.data.sources import Item, Source, digest
 from speechjax.data.statistics import Statistics
@@ -133,7 +133,7 @@ def _moments(audio: np.ndarray) -> tuple[float, float]:
 def _described(path: str) -> tuple[int, int, str]:
     """(sample rate, channels, format) of a file that could be decoded."""
     try:
-        info = soundfile.info(path)
+        info = soundfile.info(for_soundfile(path))
     except (soundfile.LibsndfileError, OSError):  # gone meanwhile; what it held is decoded already
         return 0, 0, ""
     return info.samplerate, info.channels, f"{info.format} {info.subtype}"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from speechjax.data.decode import SAMPLE_RATE, BadAudio, decode
+from speechjax.data.decode import SAMPLE_RATE, BadAudio, decode, for_soundfile
 from speechjax.data.sources import Item, Source, digest
 from speechjax.errors import UserError
 
@@ -70,6 +70,7 @@ class Shards:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._prefix = f"{folder}{os.sep}"  # a string: to make a Path costs as much as a short read
         try:
             self.info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
             self._check()
@@ -107,7 +108,7 @@ class Shards:
     def entry(self, row: int) -> dict[str, Any]:
         """{"id", "meta"} of one recording, and "file" where it is read in place."""
         record = self.index[row]
-        file = self._file(str(self.folder / f"{shard_name(int(record['shard']))}.jsonl"))
+        file = self._file(f"{self._prefix}{shard_name(int(record['shard']))}.jsonl")
         line = b""
         while not line.endswith(b"\n"):
             more = file.read(int(record["line"]) + len(line), max(512, len(line)))
@@ -139,7 +140,7 @@ class Shards:
         offset = int(record["offset"])
         try:
             if self.info["copy"]:
-                path = str(self.folder / f"{shard_name(int(record['shard']))}.pcm")
+                path = f"{self._prefix}{shard_name(int(record['shard']))}.pcm"
                 self._file(path).read_into(offset + 2 * start, out)
             else:
                 path, begin, seconds = self.entry(row)["file"]
@@ -198,9 +199,10 @@ class _File:
 
 def _decode_into(path: str, begin: float, seconds: float | None, start: int, out: np.ndarray) -> None:
     """Part of a recording, from the file itself: by seeking where that is exact, else by decoding all of it."""
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(for_soundfile(path)) as file:
         if file.samplerate == SAMPLE_RATE and file.format in ("WAV", "WAVEX", "FLAC") and file.frames < 1 << 62:
-            file.seek(round(begin * SAMPLE_RATE) + start)
+            if first := round(begin * SAMPLE_RATE) + start:  # libsndfile restarts its decoder for any seek
+                file.seek(first)
             if file.channels == 1 and file.subtype == "PCM_16":
                 done = len(file.read(out=out, dtype="int16"))
             else:

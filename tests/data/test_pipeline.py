@@ -8,6 +8,7 @@ from speechjax.data import pipeline
 from speechjax.data.fill import FillPlan
 from speechjax.data.pipeline import Data, batch_spec, read_rows
 from speechjax.data.plan import Plan, Shape
+from speechjax.data.shards import DamagedError
 from speechjax.errors import UserError
 
 KINDS = dict(audio=np.int16, lengths=np.int32, mean=np.float32, std=np.float32)
@@ -371,6 +372,19 @@ def test_too_many_unreadable_examples_end_the_run_with_one_line(open_memory):
     data = open_memory(records, max_bad_share=0.5)
     list(data.train_batches(0, 200))  # a third is within what was allowed
     assert data.unread > 200
+
+
+def test_a_disk_that_is_gone_with_names_and_all_is_still_an_empty_row(open_memory, caplog, monkeypatch):
+    records = make_records(random_lengths(200))
+    data = open_memory(records)
+    records.parts[0].shards.broken.update(range(200))  # type: ignore[attr-defined]
+
+    def gone(row):
+        raise DamagedError("the lines are gone, too")
+
+    monkeypatch.setattr(records.parts[0].shards, "entry", gone)
+    assert not next(data.train_batches(0, 1))["lengths"].any()
+    assert "cannot read example" in caplog.text
 
 
 # ---- transcripts
