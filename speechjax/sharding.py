@@ -1,6 +1,8 @@
 """The mesh, and where every array lives on it."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -59,3 +61,21 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
     """This process's rows become its part of the global arrays, split over the mesh's data axes."""
     place = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+
+
+def on_device(mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """(global batch, samples of audio in it); a thread fetches and transfers up to three batches ahead of the step.
+
+    What fetching a batch raises is raised where that batch would have come.
+    """
+
+    def fetch() -> tuple[dict[str, jax.Array], int] | None:
+        if batch := next(batches, None):
+            return global_batch(mesh, batch), int(batch["lengths"].sum()) * jax.process_count()
+        return None
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = collections.deque(thread.submit(fetch) for _ in range(3))
+        while ready := ahead.popleft().result():
+            ahead.append(thread.submit(fetch))
+            yield ready

@@ -4,13 +4,11 @@ import collections
 import functools
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from speechjax import config as configs
 from speechjax import sharding
@@ -65,17 +63,6 @@ class Job:
     mesh: jax.sharding.Mesh
     workdir: Path
     logs: Logs
-
-
-def on_device(mesh: Any, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """(global batch, samples of audio in it), one batch ahead, so that transfers overlap the step."""
-    ahead: collections.deque = collections.deque()
-    for batch in batches:
-        samples = int(batch["lengths"].sum()) * jax.process_count()
-        ahead.append((sharding.global_batch(mesh, batch), samples))
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
 
 
 class Best:
@@ -170,7 +157,8 @@ class Loop:
 
     def _run(self, state: State, start: int) -> int:
         steps, hosts = self.schedule.steps, (jax.process_index(), jax.process_count())
-        batches = on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
+        with self.clock.pause():  # opening loads TensorFlow
+            batches = sharding.on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
         in_flight: collections.deque = collections.deque()
         code = DONE
         if self.best.exhausted:  # stopped early before; given again, the command changes nothing

@@ -16,7 +16,7 @@ from speechjax.data.plan import Shape
 from speechjax.errors import UserError
 from speechjax.optim import make_optimizer
 from speechjax.paths import path_name
-from speechjax.sharding import SMALL, global_batch, make_mesh, state_sharding
+from speechjax.sharding import BATCH, SMALL, global_batch, make_mesh, on_device, state_sharding
 from speechjax.train import batch_shapes, init_state
 
 REPO = Path(__file__).resolve().parent.parent
@@ -153,3 +153,45 @@ def test_a_split_array_really_lies_in_halves():
     x = jax.device_put(jnp.arange(256 * 128.0).reshape(256, 128), state_sharding(mesh, {"x": shape(256, 128)})["x"])
     assert x.sharding.spec == PartitionSpec("fsdp", None)
     assert {s.data.shape for s in x.addressable_shards} == {(128, 128)}
+
+
+# ---- batches on their way to the devices
+
+
+def batches(n, fail_at=None):
+    for k in range(n):
+        if k == fail_at:
+            raise RuntimeError("the disk is gone")
+        yield dict(audio=np.full((4, 10), k, np.int16), lengths=np.full(4, 5, np.int32))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 9])
+def test_every_batch_arrives_once_in_order(n):
+    mesh = make_mesh(data=-1, fsdp=1)
+    found = list(on_device(mesh, batches(n)))
+    assert [int(batch["audio"][0, 0]) for batch, _ in found] == list(range(n))
+    assert all(samples == 20 for _, samples in found)
+    assert all(batch["audio"].sharding.spec == BATCH for batch, _ in found)
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 5])
+def test_an_error_comes_where_its_batch_would_have_come(fail_at):
+    stream = on_device(make_mesh(data=-1, fsdp=1), batches(9, fail_at))
+    for k in range(fail_at):
+        assert int(next(stream)[0]["audio"][0, 0]) == k
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        next(stream)
+
+
+def test_batches_are_fetched_ahead_but_not_for_ever():
+    fetched = []
+
+    def counted():
+        for k, batch in enumerate(batches(100)):
+            fetched.append(k)
+            yield batch
+
+    stream = on_device(make_mesh(data=-1, fsdp=1), counted())
+    next(stream)
+    stream.close()  # waits for what is under way
+    assert 1 <= len(fetched) <= 4

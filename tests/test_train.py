@@ -94,7 +94,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("steps_done", [2, 3])  # just saved; one step after
 def test_interrupted_run_is_the_straight_one_bitwise(straight, tmp_path, steps_done):
     config = smoke_config("train.steps=5", "train.eval_every=2")
-    # The batch iterator runs one batch ahead of the step.
+    # An error comes where its batch would have come.
     with pytest.raises(RuntimeError, match="goes down"):
         train(config, Noise(fail_at=steps_done + 1), tmp_path)
     assert train(config, Noise(), tmp_path) == DONE

@@ -230,8 +230,14 @@ def _prefetched(read: Callable[[int], Batch], names: list[str], start: int, stop
     options = tf.data.Options()
     options.threading.private_threadpool_size = 2
     options.autotune.enabled = False
+    return _delivered(batches.prefetch(2).with_options(options), names, failure)
+
+
+def _delivered(batches: Any, names: list[str], failure: list[UserError]) -> Iterator[Batch]:
+    import tensorflow as tf
+
     try:
-        for arrays in batches.prefetch(2).with_options(options).as_numpy_iterator():
+        for arrays in batches.as_numpy_iterator():
             yield dict(zip(names, arrays, strict=True))
     except tf.errors.OpError:
         if failure:
