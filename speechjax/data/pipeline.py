@@ -234,12 +234,10 @@ def _prefetched(read: Callable[[int], Batch], names: list[str], start: int, stop
 
 
 def _delivered(batches: Any, names: list[str], failure: list[UserError]) -> Iterator[Batch]:
-    import tensorflow as tf
-
     try:
         for arrays in batches.as_numpy_iterator():
             yield dict(zip(names, arrays, strict=True))
-    except tf.errors.OpError:
+    except Exception:
         if failure:
             raise failure[0] from None
         raise
