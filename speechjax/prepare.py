@@ -86,7 +86,11 @@ def run(argv: Sequence[str] | None) -> int:
             for part, folder in zip(parts, folders, strict=True)
         ]
         write_json(out / MIXTURE, {"parts": weights})
-    statistics = {part.source: statistics_of(folder) for part, folder in zip(parts, folders, strict=True)}
+    twice = len({part.source for part in parts}) < len(parts)
+    names = [
+        f"{part.source} ({folder.name})" if twice else part.source for part, folder in zip(parts, folders, strict=True)
+    ]
+    statistics = {name: statistics_of(folder) for name, folder in zip(names, folders, strict=True)}
     page = write_page(out, out.absolute().name, statistics)
     if args.tfds:
         from speechjax.data.array_record import write_tfds
@@ -160,7 +164,7 @@ def _show(statistics: "dict[str, Statistics]") -> None:
         table.add_column(name, overflow="fold", justify="right" if name else "left")
     for row in rows:
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,17 @@ def test_a_mixture_is_written_and_read(speech, tmp_path, caplog):
 
 
 @pytest.mark.slow
+def test_one_source_twice_under_a_name_with_brackets(speech, tmp_path):
+    """Both are on the page, and no name is taken for markup."""
+    odd = tmp_path / "a[/b]"
+    odd.mkdir()
+    shutil.copy(speech / "00.wav", odd / "x.wav")
+    assert verb.run([f"--source=folder:{odd} + folder:{odd}?weight=2", f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
+    stored = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert list(stored["parts"]) == [f"folder:{odd} (00-b)", f"folder:{odd} (01-b)"]
+    assert stored["all"]["numbers"]["recordings"] == 2
+
+
 def test_a_tfds_data_set_comes_with_it(speech, tmp_path, monkeypatch):
     code, output = run(f"--source=folder:{speech}", f"--out={tmp_path / 'set'}", "--workers=1", "--tfds=mine")
     assert code == 0, output

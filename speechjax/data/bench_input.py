@@ -115,10 +115,25 @@ def _in_turns(readers: list[Reader], repeats: int) -> list[tuple[Read, list[floa
 
 
 def _timed(read: Callable[[], Read]) -> tuple[Read, float, float]:
-    """What was read, and its CPU and wall seconds; the CPU time of worker processes that have ended counts."""
+    """What was read, and its CPU and wall seconds; the CPU time of worker processes that have ended counts.
+
+    Threads that read ahead have done so before, and do so again before the CPU time is taken: as many batches are
+    paid for as were read.
+    """
     began, cpu = time.perf_counter(), _cpu()
     found = read()
-    return found, _cpu() - cpu, time.perf_counter() - began
+    wall = time.perf_counter() - began
+    _settle()
+    return found, _cpu() - cpu, wall
+
+
+def _settle(quiet: float = 0.02) -> None:
+    """Waits until this process's other threads have nothing to do."""
+    busy = True
+    while busy:
+        before = time.process_time()
+        time.sleep(quiet)
+        busy = time.process_time() - before > 0.05 * quiet
 
 
 def _cpu() -> float:

@@ -12,17 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from speechjax.data.decode import SAMPLE_RATE
+from speechjax.data.statistics_measure import FRAME, LOWEST_DBFS, length_bin, length_width, level_bins, measure
 
-FRAME = SAMPLE_RATE // 50  # samples, 20 ms
 # Speech is recorded at about -26 dBov (the nominal level of ITU-T P.56 practice) and its weakest sounds lie some
 # 30 dB below; what stays under -60 is a pause, or a microphone that was off.
 SILENCE_DBFS = -60
-LOWEST_DBFS = -120  # bin of digital silence: one nonzero sample lifts a 20 ms frame to -115
 OFFSET_DBFS = -40  # 1 % of full scale
 # Between real and upsampled audio: of 1,374 readings at 16 kHz the darkest has -32 dB above 4 kHz, resampled from
 # 8 kHz the brightest has -68, and telephone-like FSDD -52.
@@ -30,21 +29,9 @@ TREBLE_DB = -45
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 
-_FULL_SCALE = 32_768
-_CLIPPED = 32_767  # symmetric converters stop here at both ends
-_CHUNK = 512 * FRAME  # its float copy stays in the CPU's cache
 _KEPT = 1024  # names a table may hold
 _EXAMPLES = 5  # ids of each reason
 _MAXIMA = ("longest", "longest_silence")
-# Up to `end`, in tenths of a second, bins of the length histogram are `width` wide: fine where training crops.
-_LENGTHS = ((400, 1), (1_200, 10), (36_000, 100), (864_000, 6_000))
-
-_WINDOW = 512  # samples of each spectrum that looks for treble
-_WINDOWS = 16  # eight miss the fricatives of some utterances
-_HANN = np.hanning(_WINDOW + 2)[1:-1].astype(np.float32)
-_RUMBLE = 4  # bins of 31.25 Hz left out at the bottom: a DC offset would pass for a lack of treble
-_TREBLE = 136  # from 4.25 kHz on, clear of the transition band of resamplers
-_EDGES = 10.0 ** (np.arange(LOWEST_DBFS + 1, 1) / 10)  # power at the lower edges of the bins above the lowest
 
 
 class Histogram(Counter[int]):
@@ -156,20 +143,20 @@ class Statistics:
         """
         if audio.dtype != np.int16 or audio.ndim != 1:
             raise ValueError(f"statistics are of int16 [samples], not of {audio.dtype} {list(audio.shape)}")
-        found = _measure(audio)
+        found = measure(audio)
         self.recordings += 1
         self.samples += len(audio)
         self.longest = max(self.longest, len(audio))
         self.lengths[length_bin(len(audio))] += 1
         self.clipped_samples += found.clipped
         self.clipped_recordings += found.clipped * 1000 > len(audio)
-        level, peak, offset, treble = _level_bins(np.array(found[:4])).tolist()
+        level, peak, offset, treble = level_bins(np.array(found[:4])).tolist()
         self.levels[level] += 1
         self.peaks[peak] += 1
         self.offsets[offset] += 1
         self.trebles[treble] += 1
         self.upsampled_recordings += treble < TREBLE_DB and not 0 < rate <= SAMPLE_RATE // 2
-        self._add_frames(_level_bins(found.frames))
+        self._add_frames(level_bins(found.frames))
         self.rates.count(rate or "")
         self.channels.count(channels or "")
         self.formats.count(kind)
@@ -245,14 +232,14 @@ def numbers(statistics: Statistics) -> dict[str, Any]:
         "mean_seconds": _share(s.samples, s.recordings * SAMPLE_RATE),
         **lengths,
         "longest_seconds": s.longest / SAMPLE_RATE if s.recordings else None,
-        **{f"{name}_level_dbfs": _quantile(s.levels, share) for name, share in QUANTILES.items()},
-        "median_peak_dbfs": _quantile(s.peaks, 0.5),
+        **{f"{name}_level_dbfs": _level_quantile(s.levels, share) for name, share in QUANTILES.items()},
+        "median_peak_dbfs": _level_quantile(s.peaks, 0.5),
         "full_scale_share": _share(s.clipped_samples, s.samples),
         "clipped_recordings": s.clipped_recordings,
         "silent_share": _share(_below(s.frames, SILENCE_DBFS), frames),
         "digital_silence_share": _share(s.frames[LOWEST_DBFS], frames),
         "silent_recordings": s.silent_recordings,
-        "longest_silence_seconds": s.longest_silence * FRAME / SAMPLE_RATE,
+        "longest_silence_seconds": min(s.longest_silence * FRAME, s.longest) / SAMPLE_RATE,
         "offset_recordings": s.recordings - _below(s.offsets, OFFSET_DBFS),
         "upsampled_recordings": s.upsampled_recordings,
         "speakers": _speakers(s),
@@ -287,6 +274,11 @@ def _quantile(histogram: Histogram, share: float, width: Callable[[int], int] = 
     return None
 
 
+def _level_quantile(histogram: Histogram, share: float) -> float | None:
+    level = _quantile(histogram, share)
+    return None if level is None else min(level, 0.0)  # the bin at full scale has no width
+
+
 def length_quantile(statistics: Statistics, share: float) -> float | None:
     tenths = _quantile(statistics.lengths, share, length_width)
     return None if tenths is None else min(tenths / 10, statistics.longest / SAMPLE_RATE)
@@ -305,29 +297,12 @@ def _speakers(statistics: Statistics) -> int:
 
 def largest(tally: Tally, total: int) -> dict[str, int]:
     """{name: count}, largest first, "unknown" for "", and "others" for what the table dropped."""
-    rows = {name or "unknown": count for name, count in sorted(tally.items(), key=lambda row: (-row[1], row[0]))}
+    counts = Counter(tally)
+    if "" in counts:
+        counts["unknown"] += counts.pop("")  # there may be a recording that says so itself
+    rows = dict(sorted(counts.items(), key=lambda row: (-row[1], row[0])))
     rest = total - sum(tally.values())
     return {**rows, "others": rows.get("others", 0) + rest} if rest else rows
-
-
-def summary(statistics: Statistics) -> dict[str, str]:
-    """The few numbers worth a line on the console."""
-    found = numbers(statistics)
-    length, level = ([found[f"{name}_{unit}"] for name in QUANTILES] for unit in ("seconds", "level_dbfs"))
-    return {
-        "recordings": f"{found['recordings']:,}",
-        "hours": f"{found['hours']:,.2f}",
-        "seconds (5 %, median, 95 %)": _listed(length, 1),
-        "level, dBFS": _listed(level, 0),
-        "clipped": f"{found['clipped_recordings']:,}",
-        "silence": "–" if found["silent_share"] is None else f"{100 * found['silent_share']:.3g} %",
-        "speakers": f"{found['speakers']:,}",
-        "rejected": f"{found['rejected']:,}",
-    }
-
-
-def _listed(values: list[float | None], digits: int) -> str:
-    return "–" if None in values else ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def write_page(folder: Path, title: str, parts: dict[str, Statistics]) -> Path:
@@ -339,83 +314,3 @@ def write_page(folder: Path, title: str, parts: dict[str, Statistics]) -> Path:
     from speechjax.data import statistics_page  # late: it is built on what this file counts
 
     return statistics_page.write(Path(folder), title, parts)
-
-
-# ---- bins
-
-
-def length_bin(samples: int) -> int:
-    """Lower edge of the bin of a length, in tenths of a second; from 24 h on there is one bin."""
-    tenths = samples * 10 // SAMPLE_RATE
-    return min(tenths // length_width(tenths) * length_width(tenths), _LENGTHS[-1][0])
-
-
-def length_width(tenths: int) -> int:
-    """Width of the bin at a length, both in tenths of a second."""
-    return next((width for end, width in _LENGTHS if tenths < end), _LENGTHS[-1][1])
-
-
-def _level_bins(power: np.ndarray) -> np.ndarray:
-    """Whole dB, rounded down, of powers relative to full scale, between -120 and 0."""
-    return np.searchsorted(_EDGES, power, side="right") + LOWEST_DBFS
-
-
-# ---- measuring
-
-
-class _Measured(NamedTuple):
-    """Powers relative to full scale, `frames` float32 [T] with the last over its own length; `clipped` in samples."""
-
-    level: float
-    peak: float
-    offset: float
-    treble: float
-    frames: np.ndarray
-    clipped: int
-
-
-def _measure(audio: np.ndarray) -> _Measured:
-    """One pass over int16 [S] in pieces of 10 s, so that nothing as large as the audio is made.
-
-    Squares and sums are those of float32 copies: int16 has no 32,768 for its -32,768, and its squares overflow. The
-    sum of a frame is exact there (320 · 32,768 < 2^24), and so are its squares as far up as the silence threshold.
-    """
-    peak, clipped = 0, 0
-    sums, energies = np.empty((2, -(-len(audio) // FRAME)), np.float32)
-    buffer = np.empty((min(len(energies), _CHUNK // FRAME), FRAME), np.float32)
-    ones = np.ones(FRAME, np.float32)
-    for start in range(0, len(audio), _CHUNK):
-        piece = audio[start : start + _CHUNK]
-        low, high = int(piece.min()), int(piece.max())
-        peak = max(peak, -low, high)
-        if max(-low, high) >= _CLIPPED:
-            clipped += int(np.count_nonzero(piece >= _CLIPPED)) + int(np.count_nonzero(piece <= -_CLIPPED))
-        here = slice(start // FRAME, start // FRAME + -(-len(piece) // FRAME))
-        block = buffer[: here.stop - here.start]
-        flat = block.reshape(-1)
-        flat[: len(piece)] = piece
-        flat[len(piece) :] = 0
-        np.vecdot(block, ones, out=sums[here])
-        np.vecdot(block, block, out=energies[here])
-    full, count = float(_FULL_SCALE) ** 2, max(1, len(audio))
-    level = float(energies.sum(dtype=np.float64)) / count / full
-    offset = (float(sums.sum(dtype=np.float64)) / count) ** 2 / full
-    frames = energies / (FRAME * full)
-    if len(audio) % FRAME:
-        frames[-1] *= FRAME / (len(audio) % FRAME)
-    return _Measured(level, peak**2 / full, offset, _treble(audio), frames, clipped)
-
-
-def _treble(audio: np.ndarray) -> float:
-    """Share of the power above 4.25 kHz in 32 ms windows spread evenly over int16 [S]; 1 where there is no power.
-
-    Resampling from 8 kHz leaves that band empty, and no rate in a header tells.
-    """
-    if len(audio) < _WINDOW:
-        audio = np.pad(audio, (0, _WINDOW - len(audio)))
-    count = min(_WINDOWS, len(audio) // _WINDOW)
-    step = len(audio) // count
-    spectrum = np.fft.rfft(audio[: count * step].reshape(count, step)[:, :_WINDOW] * _HANN)
-    treble = np.vdot(spectrum[:, _TREBLE:], spectrum[:, _TREBLE:]).real
-    total = np.vdot(spectrum[:, _RUMBLE:], spectrum[:, _RUMBLE:]).real
-    return float(treble / total) if total else 1.0

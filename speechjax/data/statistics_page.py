@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,9 +20,9 @@ from speechjax.data.statistics import (
     Statistics,
     largest,
     length_quantile,
-    length_width,
     numbers,
 )
+from speechjax.data.statistics_measure import length_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,12 +130,25 @@ def write(folder: Path, title: str, parts: dict[str, Statistics]) -> Path:
     for part in parts.values():
         total.merge(part)
     stored = {"title": title, "all": _stored(total), "parts": {name: _stored(part) for name, part in parts.items()}}
-    (folder / "statistics.json").write_text(json.dumps(stored, indent=1) + "\n")
+    _replace(folder / "statistics.json", (json.dumps(stored, indent=1) + "\n").encode())
     png = _draw(parts if len(parts) <= _LINES else {_ALL: total})
-    (folder / "statistics.png").write_bytes(png)
+    _replace(folder / "statistics.png", png)
     # Names of files may hold bytes that are no text.
-    (folder / "index.html").write_bytes(_page(title, parts, total, png).encode("utf-8", "backslashreplace"))
+    _replace(folder / "index.html", _page(title, parts, total, png).encode("utf-8", "backslashreplace"))
     return folder / "index.html"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all: where the disk is full, what was there stays."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _stored(statistics: Statistics) -> dict[str, Any]:
@@ -267,7 +281,7 @@ def _draw_levels(
         axes.axvline(mark[1], color="0.4", linestyle="--", linewidth=1)
         axes.annotate(f"{mark[0]} ", (mark[1], 0.97), xycoords=("data", "axes fraction"), ha="right", va="top",
                       fontsize=8, color="0.3")  # fmt: skip
-    axes.set(title=title, xlabel="dBFS", ylabel=f"% of {unit}", xlim=(_LOWEST_DRAWN, 0))
+    axes.set(title=title, xlabel="dBFS", ylabel=f"% of {unit}", xlim=(_LOWEST_DRAWN, 1))
 
 
 def _draw_rates(axes: "Axes", parts: dict[str, Statistics]) -> None:
