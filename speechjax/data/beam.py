@@ -12,9 +12,9 @@ an environment without it: neither TensorFlow nor JAX is imported here, and Beam
 import concurrent.futures
 import contextlib
 import functools
+import json
 import logging
 import os
-import pickle
 import posixpath
 import shutil
 import tempfile
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from speechjax.data.decode import EXTENSIONS, decode
+from speechjax.data.manifests import decode_whole, refuse_line
 from speechjax.data.prepare import chunks, claim, explained, locked
 from speechjax.data.shard_writer import finish, shard_info, write_shard
 from speechjax.data.shards import shard_name
@@ -162,7 +163,7 @@ def _hand_out(source: Source, here: Path, place: str, copy: bool) -> tuple[int, 
         # A file that the launcher sees: a worker that does not see it must not call every recording missing.
         witness = next((path for path in paths if not is_remote(path) and os.path.exists(path)), None)
         todo = here / _WORK / f"{number:05d}"
-        todo.write_bytes(pickle.dumps((witness, items)))
+        todo.write_text(json.dumps({"witness": witness, "items": [_to_json(item) for item in items]}))
         if is_remote(place):
             upload(todo, f"{place}/{_WORK}/{number:05d}")
             todo.unlink()
@@ -226,7 +227,8 @@ def write(number: int, folder: str, copy: bool) -> None:
         _download(f"{folder}/{_WORK}/{number:05d}", todo)
         if not todo.exists():
             raise UserError(f"a worker finds no list of items in {folder}: name a folder that all workers share")
-        witness, items = pickle.loads(todo.read_bytes())
+        work = json.loads(todo.read_text())
+    witness, items = work["witness"], [_from_json(item) for item in work["items"]]
     if witness and not os.path.exists(witness):
         raise UserError(f"a worker does not see {witness}: the source must lie on storage that all workers share")
     # Beside its place, so that moving it there is one step; in a folder of its own, because an engine may let two
@@ -242,6 +244,22 @@ def write(number: int, folder: str, copy: bool) -> None:
     counts = {"recordings": info["recordings"], "samples": info["samples"], "rejected": len(info["rejected"])}
     for name, count in counts.items():
         Metrics.counter("prepare", name).inc(count)
+
+
+def _to_json(item: Item) -> dict[str, Any]:
+    """A list of items is JSON, not a pickle: it lies where others may write, and reading it must not run code."""
+    assert isinstance(item.read, functools.partial)
+    read = [item.read.func.__name__, *item.read.args]
+    return {"id": item.id, "read": read, "meta": item.meta, "size": item.size, "file": item.file}
+
+
+def _from_json(stored: dict[str, Any]) -> Item:
+    name, *arguments = stored["read"]
+    read = {f.__name__: f for f in (decode, decode_whole, refuse_line, _read_anywhere)}[name]
+    path, offset, duration = stored["file"]
+    return Item(
+        stored["id"], functools.partial(read, *arguments), stored["meta"], stored["size"], (path, offset, duration)
+    )
 
 
 def _at_hand(items: Iterable[Item], scratch: Path) -> Iterator[Item]:

@@ -154,19 +154,19 @@ def _checked(file: _File, line: _Line) -> _Line:
 def _item(line: _Line, path: str, file_size: int) -> Item:
     if line.fault:
         # It has no file, but who sorts items by whether they lie in files must find it among its neighbours.
-        return Item(line.id, functools.partial(_raise, line.fault), line.meta, file=(path, 0.0, None))
+        return Item(line.id, functools.partial(refuse_line, line.fault), line.meta, file=(path, 0.0, None))
     if line.frames is not None:
-        read = functools.partial(_decode_whole, path, line.frames)
+        read = functools.partial(decode_whole, path, line.frames)
         return Item(line.id, read, line.meta, file_size, (path, 0.0, None))
     size = file_size if line.duration is None else round(2 * SAMPLE_RATE * line.duration)
     return file_item(line.id, path, line.meta, size, line.offset, line.duration)
 
 
-def _raise(fault: str) -> NoReturn:
+def refuse_line(fault: str) -> NoReturn:
     raise BadAudio(fault)
 
 
-def _decode_whole(path: str, frames: int) -> np.ndarray:
+def decode_whole(path: str, frames: int) -> np.ndarray:
     """`decode`, where the file must have as many frames as the manifest says, or 0.1 s fewer (MP3 is estimated)."""
     audio = decode(path)
     with open(path, "rb") as file:  # soundfile itself opens no name that is not Unicode

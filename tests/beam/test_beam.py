@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -368,8 +367,7 @@ def test_storage_that_workers_do_not_share(speech, storage, tmp_path):
         write(0, str(tmp_path / "elsewhere"), True)
     leave_lists(source, tmp_path / "handed")
     todo = tmp_path / "handed" / ".beam" / "00000"
-    _, items = pickle.loads(todo.read_bytes())
-    todo.write_bytes(pickle.dumps(("/not/here.wav", items)))
+    todo.write_text(json.dumps(json.loads(todo.read_text()) | {"witness": "/not/here.wav"}))
     with pytest.raises(UserError, match=r"does not see /not/here.wav"):
         write(0, str(tmp_path / "handed"), True)
     make_speech(storage / "speech", 80)
