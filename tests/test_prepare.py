@@ -57,10 +57,14 @@ def run(*arguments: str | Path) -> tuple[int, str]:
 
 
 def start(folder: Path, speech: Path) -> subprocess.Popen:
-    """A preparation by two workers, in a process group of its own as a terminal makes it."""
+    """A preparation by two workers, in a process group of its own as a terminal makes it.
+
+    Where the tests run in the background of a script, interrupts are ignored, and the process would inherit that.
+    """
     return subprocess.Popen(
         command(f"--source=folder:{speech}", f"--out={folder}", "--workers=2"), cwd=REPO, text=True,
         env={**os.environ, MARK: str(folder)}, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -264,11 +268,10 @@ def test_a_mixture_is_written_and_read(speech, tmp_path, caplog):
         verb.run([f"--source={source}", f"--out={tmp_path / 'one'}", "--workers=1"])
 
 
-@pytest.mark.slow
 def test_one_source_twice_under_a_name_with_brackets(speech, tmp_path):
     """Both are on the page, and no name is taken for markup."""
     odd = tmp_path / "a[/b]"
-    odd.mkdir()
+    odd.mkdir(parents=True)
     shutil.copy(speech / "00.wav", odd / "x.wav")
     assert verb.run([f"--source=folder:{odd} + folder:{odd}?weight=2", f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
     stored = json.loads((tmp_path / "out" / "statistics.json").read_text())
@@ -276,6 +279,7 @@ def test_one_source_twice_under_a_name_with_brackets(speech, tmp_path):
     assert stored["all"]["numbers"]["recordings"] == 2
 
 
+@pytest.mark.slow
 def test_a_tfds_data_set_comes_with_it(speech, tmp_path, monkeypatch):
     code, output = run(f"--source=folder:{speech}", f"--out={tmp_path / 'set'}", "--workers=1", "--tfds=mine")
     assert code == 0, output
