@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from speechjax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 log = logging.getLogger("speechjax")
 
 

@@ -189,13 +189,14 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json, or refuses a workdir whose experiment is another one.
 
-    What may differ from an earlier run: where it runs (mesh), how often it logs, saves and evaluates, how long
-    it trains.
+    What may differ from an earlier run: where it runs (mesh, cache), how often it logs, saves and evaluates, how long
+    it trains, how much that cannot be read it bears.  A run that never began binds nobody.
     """
-    free = {"train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep"}
+    free = {"train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep",
+            "data.cache_dir", "data.max_bad_share"}  # fmt: skip
     file = workdir / "config.json"
     mine = to_json(config)
-    if file.exists():
+    if file.exists() and any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         try:
             before = json.loads(file.read_text())
         except ValueError:  # not JSON, or not even text

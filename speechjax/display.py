@@ -27,7 +27,7 @@ DISPLAY = {
     "grad_norm": Display("grad {}", "Gradient norm"),
     "learning_rate": Display("lr {}", "Learning rate", ".2e"),
     "skipped": Display("skipped {}", "Skipped steps (not finite)"),
-    "unread": Display("unread {}", "Examples that could not be read"),
+    "unread": Display("unread {}/step", "Examples that could not be read, a step"),
     "steps_per_second": Display("{} steps/s", "Steps per second"),
     "audio_hours_per_second": Display("{} audio-h/h", "Hours of audio per hour", ",.1f", 3600.0),
     "input_wait_share": Display("input wait {}", "Share of time waiting for input", ".0%"),

@@ -6,6 +6,9 @@ import os
 import socket
 
 import jax
+import numpy as np
+
+from speechjax.errors import UserError
 
 
 def init() -> None:
@@ -37,3 +40,17 @@ def _in_cluster() -> bool:
     mpi = "OMPI_MCA_orte_hnp_uri" in os.environ
     tpu = importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
     return slurm_step or mpi or bool(tpu)
+
+
+def agree(what: str, digest: str) -> None:
+    """Raises UserError unless all processes have the same digest (hexadecimal) of something that all must share."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    found = np.asarray(multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8)))
+    others = np.flatnonzero((found != found[0]).any(axis=1))
+    if len(others):
+        raise UserError(
+            f"{what} of process {', '.join(map(str, others))} are not those of process 0: give all hosts the same data"
+        )

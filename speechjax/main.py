@@ -69,8 +69,9 @@ def run(argv: Sequence[str] | None) -> int:
         _write_rejected(args.workdir, error.rejected)
         raise
     _write_rejected(args.workdir, data.records.rejected)
-    if data.tokens and jax.process_index() == 0:
-        data.tokens.tokenizer.save(args.workdir)
+    distributed.agree("the recordings", data.digest)
+    if data.transcripts and jax.process_index() == 0:
+        data.transcripts.tokenizer.save(args.workdir)
     return train(config, data, args.workdir)
 
 

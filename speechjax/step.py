@@ -50,7 +50,7 @@ def init_state(task: Any, tx: optax.GradientTransformation, seed: int, batch: di
     # Dropout is off for the shapes' sake only: init draws parameters, nothing else.
     (losses, metrics), variables = task.init_with_output(rngs, empty, step=jnp.int32(0), train=False)
     params = variables.pop("params")
-    names = ["loss", "grad_norm", *losses, *metrics]
+    names = ["loss", "grad_norm", "unread", *losses, *metrics]
     zero = jnp.int32(0)
     return State(
         step=zero, params=params, opt_state=tx.init(params), extra=variables,
@@ -79,7 +79,8 @@ def train_step(
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
 
     one = jnp.ones(())
-    sums = {"loss": (loss, one), "grad_norm": (grad_norm, one), **sums}
+    unread = jnp.sum(batch["unread"]).astype(jnp.float32)  # over all hosts, an average a step
+    sums = {"loss": (loss, one), "grad_norm": (grad_norm, one), "unread": (unread, one), **sums}
     first = state.step % log_every == 0  # of a log window: the meters start anew
     meters = {}
     for name, (total, weight) in sums.items():

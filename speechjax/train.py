@@ -96,7 +96,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
     """Trains `config` on `data` in `workdir`, resuming by itself; returns an exit code.
 
     `data` offers `specs`, `train_batches(start, stop, host, hosts)`, `valid_batches(host, hosts)`, `sample_rate` and
-    `unread` (speechjax.data.pipeline.Data does).
+    `digest` (speechjax.data.pipeline.Data does).
     """
     schedule = Schedule(**config.train)
     mesh = sharding.make_mesh(**config.mesh)
@@ -118,6 +118,8 @@ def train(config: Any, data: Any, workdir: Path) -> int:
             state, meta = restored
             best, start = Best(schedule, **meta["best"]), meta["step"]
             log.info("resuming at step %d of %d", start, schedule.steps)
+            if meta["data"] != data.digest:
+                log.warning("the data is not what it was before step %d: from here on other examples come", start)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         log.info("%.2f M parameters, mesh %s", count / 1e6, dict(mesh.shape))
 
@@ -198,7 +200,8 @@ class Loop:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself beside the state."""
-        return dict(best=self.best.to_json(), model=configs.to_json(self.job.config)["model"])
+        model = configs.to_json(self.job.config)["model"]
+        return dict(best=self.best.to_json(), model=model, data=self.job.data.digest)
 
     def evaluate(self, state: State, step: int) -> None:
         """Runs the evaluators that are due, names their metrics <evaluator>/<metric>, keeps the best checkpoint."""
@@ -228,8 +231,9 @@ class Loop:
         metrics = {name: float(s / w) if w else math.nan for name, (s, w) in meters.items()}
         metrics |= {"learning_rate": float(self.rate(step - 1)), "skipped": skipped, **self.clock.read_and_reset()}
         alarms = self.job.task.health(metrics, step)
-        if self.job.data.unread:
-            metrics["unread"] = self.job.data.unread
+        if not metrics["unread"]:
+            del metrics["unread"]
+        else:
             alarms["unread"] = "examples could not be read and were left empty; is the disk of the data all right?"
         self.job.logs.write(step, "train", metrics)
         self.job.logs.progress(step, metrics)

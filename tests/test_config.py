@@ -256,15 +256,29 @@ def test_the_same_experiment_may_go_on(tmp_path):
         claim_workdir(tmp_path, load(TINY))
 
 
+def begin(workdir):
+    """A run that has logged something."""
+    claim_workdir(workdir, load(TINY))
+    (workdir / "metrics.jsonl").touch()
+
+
+def test_a_run_that_never_began_binds_nobody(tmp_path):
+    """What the message of a first failure advises must be possible."""
+    claim_workdir(tmp_path, load(TINY))
+    claim_workdir(tmp_path, load(TINY, ["data.exclude=broken", "data.source=folder:x"]))
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["exclude"] == "broken"
+
+
 @pytest.mark.parametrize(
     "override",
     [
         "train.steps=77", "train.log_every=3", "train.checkpoint_every=3", "train.eval_every=3", "train.keep=9",
         "mesh.data=1", "mesh.fsdp=2", "evals.valid.every=3", "evals.probe.source=folder:x",
+        "data.cache_dir=elsewhere", "data.max_bad_share=0.7",
     ],
 )  # fmt: skip
 def test_where_how_long_and_how_often_may_change(tmp_path, override):
-    claim_workdir(tmp_path, load(TINY))
+    begin(tmp_path)
     claim_workdir(tmp_path, load(TINY, [override]))
     key, value = override.split("=")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -284,7 +298,7 @@ def test_where_how_long_and_how_often_may_change(tmp_path, override):
     ],
 )
 def test_another_experiment_is_refused_with_old_and_new(tmp_path, override, change):
-    claim_workdir(tmp_path, load(TINY))
+    begin(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as caught:
         claim_workdir(tmp_path, load(TINY, [override]))
@@ -294,7 +308,7 @@ def test_another_experiment_is_refused_with_old_and_new(tmp_path, override, chan
 
 
 def test_many_changes_are_cut_short(tmp_path):
-    claim_workdir(tmp_path, load(TINY))
+    begin(tmp_path)
     with pytest.raises(UserError) as caught:
         claim_workdir(tmp_path, load(f"{REPO}/configs/pretrain/wav2vec2.py:size=large"))
     assert str(caught.value).count("->") == 6
@@ -302,7 +316,7 @@ def test_many_changes_are_cut_short(tmp_path):
 
 
 def test_a_key_that_is_gone_or_new_is_a_change(tmp_path):
-    claim_workdir(tmp_path, load(TINY))
+    begin(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["data"]["shapes"]
     config["data"]["bucket"] = 3
@@ -319,6 +333,7 @@ def test_a_key_that_is_gone_or_new_is_a_change(tmp_path):
     ],
 )  # fmt: skip
 def test_a_torn_config_is_named(tmp_path, content):
+    begin(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config.json|another experiment"):
         claim_workdir(tmp_path, load(TINY))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Noise:
     """Synthetic recordings in memory, with the interface of speechjax.data.pipeline.Data."""
 
     sample_rate = 16000
-    unread = 0
+    digest = "noise"
 
     def __init__(self, shapes=((4, 16080),), fail_at: int | None = None, poison: tuple[int, ...] = ()):
         rng = np.random.default_rng(0)
@@ -52,7 +53,8 @@ class Noise:
         for r, (example, start, count) in enumerate(np.concatenate([rows.example, rows.start, rows.count], axis=1)):
             audio[r, :count] = self.audio[example][start : start + count]
         ones = np.ones(rows.shape.rows, np.float32)
-        return dict(audio=audio, lengths=rows.count[:, 0].astype(np.int32), mean=0 * ones, std=0.1 * ones)
+        lengths = rows.count[:, 0].astype(np.int32)
+        return dict(audio=audio, lengths=lengths, mean=0 * ones, std=0.1 * ones, unread=0 * lengths)
 
     def train_batches(self, start, stop, host=0, hosts=1):
         for k in range(start, stop):
@@ -89,6 +91,18 @@ def straight(tmp_path_factory):
     config = smoke_config("train.steps=5", "train.eval_every=2")
     assert train(config, Noise(), workdir) == DONE
     return workdir
+
+
+def test_a_resumed_run_says_when_the_data_has_changed(straight, tmp_path, caplog):
+    shutil.copytree(straight, tmp_path / "run")
+    config = smoke_config("train.steps=6", "train.eval_every=2")
+    data = Noise()
+    data.digest = "one file more"
+    assert train(config, data, tmp_path / "run") == DONE
+    assert "the data is not what it was before step 5" in caplog.text
+    caplog.clear()
+    assert train(config, data, tmp_path / "run") == DONE
+    assert "the data is not what it was" not in caplog.text
 
 
 @pytest.mark.parametrize("steps_done", [2, 3])  # just saved; one step after

@@ -6,9 +6,9 @@ Shapes: R rows of this host, S samples, G segments of a row, U tokens.
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +16,16 @@ from speechjax.data.buffers import Buffers
 from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.fill import FillPlan
 from speechjax.data.mixture import rates
-from speechjax.data.plan import Plan, Rows, Shape, plan_shapes
+from speechjax.data.plan import Batch, Plan, Rows, Shape, Spec, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.data.shards import DamagedError, UnreadableError
-from speechjax.data.text import Tokenizer, load_tokenizer, make_tokenizer
+from speechjax.data.transcripts import Transcripts, read_transcripts
 from speechjax.errors import UserError
 
 log = logging.getLogger("speechjax")
 
-Batch = dict[str, np.ndarray]
-Spec = dict[str, tuple[tuple[int, ...], type]]
 _PATIENCE = 100  # unreadable examples before their share is judged
+_MEMORY = 4096  # examples over which it is judged
 _HELD_OUT_CANDIDATES = 100_000
 
 
@@ -35,20 +34,20 @@ class Data:
 
     A batch is {"audio": int16 [R, S], "lengths": int32 [R], "mean", "std": float32 [R]} (of the whole recording,
     full scale 1.0); rows of length 0 are empty.  In filled rows the last three are [R, G], one a segment, and
-    "starts" int32 [R, G] says at which sample each begins.  With a tokenizer there are also "tokens" int32 [R, U] and
-    "token_lengths" int32 [R], 0 where there is no transcript.  This host gets its contiguous part of the global rows.
-
-    `unread` counts the examples of this host that could not be read; their rows are empty.
+    "starts" int32 [R, G] says at which sample each begins.  "unread" int32 [R] counts the examples of a row that could
+    not be read; they are empty.  With a tokenizer there are also "tokens" int32 [R, U] and "token_lengths" int32 [R], 0
+    where there is no transcript.  This host gets its contiguous part of the global rows.
     """
 
     def __init__(
         self, records: Records, train: np.ndarray, valid: np.ndarray, train_plan: Plan | FillPlan, valid_plan: Plan,
-        tokens: "Tokens | None" = None, max_bad_share: float = 0.0,
+        transcripts: Transcripts | None = None, max_bad_share: float = 0.0,
     ):  # fmt: skip
-        self.records, self.tokens = records, tokens
+        self.records, self.transcripts = records, transcripts
         self.sample_rate = SAMPLE_RATE
         self.max_bad_share = max_bad_share
-        self.unread = self.read = 0
+        self._warned = 0
+        self._recent = np.zeros(2)  # examples read and not read of late
         self._counting = threading.Lock()
         self._buffers = Buffers()
         self._parts = {"train": train, "valid": valid}
@@ -61,7 +60,7 @@ class Data:
 
     def spec(self, shape: Shape) -> Spec:
         """{name: (shape, dtype)} of a global batch of one plan shape."""
-        return batch_spec(shape) | (self.tokens.spec(shape) if self.tokens else {})
+        return batch_spec(shape) | (self.transcripts.spec(shape) if self.transcripts else {})
 
     @property
     def batches_per_epoch(self) -> int:
@@ -81,21 +80,29 @@ class Data:
         for rows in self._plans["valid"].sweep():
             yield self._read("valid", rows, host, hosts)
 
+    @property
+    def digest(self) -> str:
+        """Equal where the same examples come in the same order."""
+        return self.records.digest
+
     def _read(self, split: str, rows: Rows, host: int, hosts: int) -> Batch:
         part = self._parts[split]
         batch = read_rows(self.records, part, rows, host, hosts, self._lost, self._buffers)
         with self._counting:
-            self.read += int(np.count_nonzero(batch["lengths"]))
-        if self.tokens:
-            batch |= self.tokens.batch(self.records, part, host_share(rows, host, hosts))
+            self._recent[0] += np.count_nonzero(batch["lengths"])
+            if self._recent.sum() > _MEMORY:  # else a disk that fails after years would not count against them
+                self._recent /= 2
+        if self.transcripts:
+            batch |= self.transcripts.batch(self.records, part, host_share(rows, host, hosts))
         return batch
 
     def _lost(self, i: int, error: Exception) -> None:
         with self._counting:
-            self.unread += 1
-            unread, read = self.unread, self.read + self.unread
-        many = unread > _PATIENCE and unread > self.max_bad_share * read
-        if not many and unread > 3:
+            self._warned += 1
+            self._recent[1] += 1
+            unread, total = self._recent[1], self._recent.sum()
+        many = unread > _PATIENCE and unread > self.max_bad_share * total
+        if not many and self._warned > 3:
             return
         try:
             name = self.records.id(i)
@@ -103,8 +110,8 @@ class Data:
             name = f"example {i}"
         if many:
             raise UserError(
-                f"{unread:,} of {read:,} examples could not be read, the last one {name!r} ({error}); is the disk of "
-                "the data all right? Given again, the command resumes"
+                f"{100 * unread / total:.3g} % of the last {total:,.0f} examples could not be read, the last one "
+                f"{name!r} ({error}); is the disk of the data all right? Given again, the command resumes"
             )
         log.warning("cannot read %s (%s): an empty row takes its place", name, error)
 
@@ -113,7 +120,7 @@ def batch_spec(shape: Shape) -> Spec:
     """{name: (shape, dtype)} of what every batch has."""
     rows = (shape.rows,) if shape.segments == 1 else (shape.rows, shape.segments)
     spec: Spec = {"audio": ((shape.rows, shape.samples), np.int16), "lengths": (rows, np.int32)}
-    spec |= {"mean": (rows, np.float32), "std": (rows, np.float32)}
+    spec |= {"mean": (rows, np.float32), "std": (rows, np.float32), "unread": ((shape.rows,), np.int32)}
     return spec if shape.segments == 1 else spec | {"starts": (rows, np.int32)}
 
 
@@ -136,6 +143,7 @@ def read_rows(
     shape, example, start, count, at = host_share(rows, host, hosts)
     audio = (buffers or Buffers()).empty((len(example), shape.samples), np.int16)
     lengths = count.astype(np.int32)
+    unread = np.zeros(len(example), np.int32)
     for r, segments in enumerate(np.stack([example, start, count, at], axis=-1).tolist()):
         end = 0
         for g, (k, begin, size, first) in enumerate(segments):
@@ -152,55 +160,14 @@ def read_rows(
                 lost(i, error)
                 out[:] = 0
                 lengths[r, g] = 0
+                unread[r] += 1
         audio[r, end:] = 0
     which = part[np.maximum(example, 0)]
     batch = dict(audio=audio, lengths=lengths, mean=records.mean[which], std=records.std[which])
     if shape.segments > 1:
-        return batch | {"starts": at.astype(np.int32)}
-    return {name: array if name == "audio" else array[:, 0] for name, array in batch.items()}
-
-
-class Tokens(NamedTuple):
-    """Transcripts as ids: those of example i of the records are `ids[bounds[i] : bounds[i + 1]]`."""
-
-    tokenizer: Tokenizer
-    ids: np.ndarray
-    bounds: np.ndarray
-    most: dict[Shape, int]
-
-    def spec(self, shape: Shape) -> Spec:
-        return {"tokens": ((shape.rows, self.most[shape]), np.int32), "token_lengths": ((shape.rows,), np.int32)}
-
-    def batch(self, records: Records, part: np.ndarray, rows: Rows) -> Batch:
-        tokens = np.zeros((len(rows.example), self.most[rows.shape]), np.int32)
-        lengths = np.zeros(len(rows.example), np.int32)
-        for r in np.flatnonzero(rows.example[:, 0] >= 0):
-            i = part[rows.example[r, 0]]
-            ids = self.ids[self.bounds[i] : self.bounds[i + 1]]
-            if rows.count[r, 0] == records.lengths[i]:  # of a part of it nobody knows the transcript
-                tokens[r, : len(ids)], lengths[r] = ids, len(ids)
-        return {"tokens": tokens, "token_lengths": lengths}
-
-
-def _tokens(records: Records, shapes: Iterable[Shape], spec: str, steps: str, workdir: Path | None) -> Tokens:
-    """Transcripts of all records; the vocabulary is the workdir's, or made of the transcripts."""
-    texts = [str(records.meta(i).get("text") or "") for i in range(len(records))]
-    if not any(texts):
-        sources = ", ".join(opened.part.source for opened in records.parts)
-        raise UserError(f"config.data.text={spec!r} needs transcripts, and {sources} has none")
-    if workdir and (workdir / "vocab.json").exists():
-        tokenizer = load_tokenizer(workdir)
-    else:
-        tokenizer = make_tokenizer(spec, filter(None, texts), steps)
-    encoded = [np.array(tokenizer.encode(text), np.int32) for text in texts]
-    bounds = np.cumsum([0, *map(len, encoded)])
-    shapes = list(shapes)
-    held = np.searchsorted([shape.samples for shape in shapes], np.minimum(records.lengths, shapes[-1].samples))
-    count = np.diff(bounds)
-    most = {shape: max(8, -(-int(count[held == k].max(initial=0)) // 8) * 8) for k, shape in enumerate(shapes)}
-    log.info("vocabulary: %d tokens (%s); %d of %d examples have text", tokenizer.size, spec, count.astype(bool).sum(),
-             len(texts))  # fmt: skip
-    return Tokens(tokenizer, np.concatenate(encoded), bounds, most)
+        return batch | {"starts": at.astype(np.int32), "unread": unread}
+    flat = {name: array if name == "audio" else array[:, 0] for name, array in batch.items()}
+    return flat | {"unread": unread}
 
 
 def _prefetched(read: Callable[[int], Batch], names: list[str], start: int, stop: int) -> Iterator[Batch]:
@@ -278,14 +245,20 @@ def open_data(
     (samples a frame, samples the first frame takes more).  Raises UserError for anything wrong with the source,
     and where rows do not divide over `row_divisor` devices.
     """
-    if row_multiple % row_divisor:
+    if row_multiple < 1 or row_multiple % row_divisor:
         raise UserError(f"config.data.row_multiple={row_multiple} must be a multiple of the {row_divisor} devices")
+    for name, value in dict(crop_seconds=crop_seconds, batch_seconds=batch_seconds, shapes=shapes).items():
+        if not value > 0:
+            raise UserError(f"config.data.{name}={value}: must be above 0")
+    for name, value in dict(valid_seconds=valid_seconds, max_bad_share=max_bad_share).items():
+        if not value >= 0:
+            raise UserError(f"config.data.{name}={value}: must not be below 0")
     records = open_records(
         source, cache_dir=cache_dir or None, min_seconds=min_seconds, max_bad_share=max_bad_share,
-        include=include, exclude=exclude,
+        include=include, exclude=exclude, segment_seconds=max(30.0, crop_seconds),
     )  # fmt: skip
     valid = _held_out(records, valid_seconds)
-    train = np.setdiff1d(np.arange(len(records)), valid)
+    train = np.delete(np.arange(len(records)), valid)
     lengths, part = records.lengths[train], records.part[train]
     heard = _rates(records, lengths, part, temperature)
     hop, extra = frame_len
@@ -307,8 +280,10 @@ def open_data(
         )  # fmt: skip
     else:
         train_plan = Plan(lengths, planned, seed, part, heard.tolist())
-    tokens = _tokens(records, planned, text, text_steps, workdir) if text else None
-    data = Data(records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), tokens, max_bad_share)
+    transcripts = read_transcripts(records, planned, text, text_steps, workdir) if text else None
+    data = Data(
+        records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), transcripts, max_bad_share
+    )
     useful, kept = train_plan.useful_share()
     log.info(
         "batches: %s; %.1f %% of a batch is audio, %.1f %% of the audio survives cropping; %d batches an epoch, "

@@ -13,6 +13,9 @@ import numpy as np
 
 from speechjax.data.permutation import Words, permute, uniform
 
+Batch = dict[str, np.ndarray]
+Spec = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch
+
 BATCHES, BLOCKS, MEMBERS, CROPS, ROWS = range(5)  # what a random number is for: a word of its key
 _CANDIDATES = 2048
 _RUN = 64  # batches planned at once
@@ -146,7 +149,7 @@ class Plan:
     and `rates[s]` how often an epoch each of source s is seen (once if not given).  The rows of a shape are its
     examples' `Stream`, none left out, so a shape with few examples has a batch in some epochs only; the batches of
     an epoch come in a shuffled order.  Setting up is one pass over the lengths; a batch costs the same wherever it
-    is, and no more memory than the rows of 64.
+    is, and no more memory than the rows of a few hundred.
     """
 
     def __init__(

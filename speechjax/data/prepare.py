@@ -99,7 +99,9 @@ def claim(source: Source, folder: Path, copy: bool) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         before = {}
-    if before != mine and any(folder.glob("shard-*")):
+    # Not the name: the same folder can be spelt in many ways.
+    same = all(before.get(key) == mine[key] for key in ("format", "fingerprint", "copy"))
+    if not same and any(folder.glob("shard-*")):
         if not before:
             raise UserError(f"{folder} holds shards of an unknown source; use another folder, or empty it")
         what = "another source" if before.get("source") != source.name else "an earlier state of the source"

@@ -7,6 +7,7 @@ without decoding again.
 
 import collections
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -67,6 +68,14 @@ class Records:
         return float(self.lengths.sum()) / SAMPLE_RATE / 3600
 
     @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides the order of examples: two hosts, or two starts, that agree in it read the same."""
+        sha = hashlib.sha256()
+        for array in (self.keys, self.part, self.piece, self.lengths):
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
+    @functools.cached_property
     def ids(self) -> list[str]:
         """Every id; for a large set, ask for those you need."""
         return [self.id(i) for i in range(len(self))]
@@ -124,8 +133,11 @@ def open_records(
     searched in ids. Raises `UserError` where the source cannot be opened, more than `max_bad_share` of a part is
     rejected, nothing is left, or the disk is full.
     """
-    if segment_seconds <= 0 or not 0 <= 2 * min_seconds <= segment_seconds:
-        raise UserError(f"min_seconds={min_seconds:g} must not exceed half of segment_seconds={segment_seconds:g}")
+    if not 0 <= 2 * min_seconds <= segment_seconds:
+        raise UserError(
+            f"config.data.min_seconds={min_seconds:g}: from 0 to half of the {segment_seconds:g} s at which recordings "
+            "are cut"
+        )
     wanted = _id_filter(include, exclude)
     root = Path(cache_dir or os.environ.get("SPEECHJAX_CACHE") or "~/.cache/speechjax").expanduser() / "records"
     parts, columns, summaries = [], [], []
@@ -133,8 +145,8 @@ def open_records(
         for opened in _open_part(part, root, progress):
             rows, rejected = _usable(opened.shards, wanted, min_seconds)
             if not len(rows) and not rejected:
-                filters = f"config.data.include={include!r}, config.data.exclude={exclude!r}"
-                raise UserError(f"{opened.part.source}: no id passes {filters}")
+                filters = f"no id passes config.data.include={include!r}, config.data.exclude={exclude!r}"
+                raise UserError(f"{opened.part.source}: {filters if wanted else 'there is no recording in it'}")
             _check_share(opened.part.source, len(rows), rejected, max_bad_share)
             rows = _capped(opened, rows)
             cut = _cut(opened.shards, rows, round(segment_seconds * SAMPLE_RATE))
@@ -146,7 +158,11 @@ def open_records(
     return Records(
         parts,
         *(np.concatenate(column) for column in zip(*columns, strict=True)),
-        rejected=[entry for opened in parts for entry in opened.rejected],
+        rejected=[
+            entry if len(parts) == 1 else {**entry, "source": opened.part.source}
+            for opened in parts
+            for entry in opened.rejected
+        ],
         summary="\n".join(summaries),
     )
 

@@ -12,6 +12,7 @@ A shard is written by one worker from a fixed list of items, so shards can be ma
 an interrupted preparation goes on with those that are missing.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -84,7 +85,6 @@ class Shards:
             raise UserError(f"cannot read {folder}: {error.strerror}") from error
         if self.index.dtype != INDEX or len(self.index) != self.info["recordings"]:
             raise DamagedError(f"{folder / 'index.npy'} does not fit dataset.json")
-        self._file = functools.lru_cache(_OPEN_FILES)(_File)
 
     def _check(self) -> None:
         if self.info["format"] != FORMAT:
@@ -99,6 +99,9 @@ class Shards:
     def __len__(self) -> int:
         return len(self.index)
 
+    def _opened(self, path: str) -> "_File":
+        return _open_file(path, self.info["sha256"])  # what is made anew under a name is another file
+
     @property
     def rejected(self) -> list[dict[str, str]]:
         """{"id", "reason"} of every recording that could not be used."""
@@ -108,7 +111,7 @@ class Shards:
     def entry(self, row: int) -> dict[str, Any]:
         """{"id", "meta"} of one recording, and "file" where it is read in place."""
         record = self.index[row]
-        file = self._file(f"{self._prefix}{shard_name(int(record['shard']))}.jsonl")
+        file = self._opened(f"{self._prefix}{shard_name(int(record['shard']))}.jsonl")
         line = b""
         while not line.endswith(b"\n"):
             more = file.read(int(record["line"]) + len(line), max(512, len(line)))
@@ -141,7 +144,7 @@ class Shards:
         try:
             if self.info["copy"]:
                 path = f"{self._prefix}{shard_name(int(record['shard']))}.pcm"
-                self._file(path).read_into(offset + 2 * start, out)
+                self._opened(path).read_into(offset + 2 * start, out)
             else:
                 path, begin, seconds = self.entry(row)["file"]
                 if offset >= 0:
@@ -149,6 +152,8 @@ class Shards:
                 else:
                     _decode_into(path, begin, seconds, start, out)
         except (OSError, DamagedError, BadAudio, soundfile.LibsndfileError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError("too many open files: raise the limit, `ulimit -n 4096`") from error
             raise UnreadableError(f"{error}") from error
 
 
@@ -195,6 +200,11 @@ class _File:
             if not done:
                 raise OSError(f"{self.path} ends before byte {at + view.nbytes:,}")
             view, at = view[done:], at + done
+
+
+@functools.lru_cache(_OPEN_FILES)  # of all sets together: a process may open 1,024 as a rule
+def _open_file(path: str, version: str) -> _File:
+    return _File(path)
 
 
 def _decode_into(path: str, begin: float, seconds: float | None, start: int, out: np.ndarray) -> None:

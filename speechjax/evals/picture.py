@@ -20,7 +20,7 @@ class Picture:
 
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every
-        # The last held-out batch has the longest shape; its first row is never empty.
+        # The last held-out batch has the longest shape; its first row is not planned empty.
         *_, self._batch = job.data.valid_batches(jax.process_index(), jax.process_count())
         seed = job.config.train.seed + 1
 
@@ -37,6 +37,8 @@ class Picture:
         batch = sharding.global_batch(self.job.mesh, self._batch)
         out = jax.device_get(self._predict(params, extra, batch, jnp.int32(step)))
         frames, samples = int(out["lengths"]), int(self._batch["lengths"][0])
+        if not frames:  # it could not be read
+            return {}
         rate = self.job.data.sample_rate
         image = mask_picture(
             np.asarray(out["mel"])[: samples * 100 // rate], out["mask"][:frames], out["true"][:frames],

@@ -4,6 +4,7 @@ Shapes: N recordings, B batch, T frames, D width.
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.pipeline import batch_spec, read_rows
 from speechjax.data.plan import Plan, plan_shapes
 from speechjax.data.records import Records, open_records
+from speechjax.data.shards import UnreadableError
 from speechjax.errors import UserError
 from speechjax.evals import _linear_probe as linear_probe
 from speechjax.step import batch_shapes, init_state
 from speechjax.train import Job
+
+log = logging.getLogger("speechjax")
 
 RANDOM_SEED = 10_000  # far from the seeds people train with
 THIS, RANDOM, LOG_MEL, MFCC = "this encoder", "random-initialised encoder", "log-mel statistics", "MFCC statistics"
@@ -96,7 +100,7 @@ class Probe:
     def _control_scores(self, labelled: Labelled) -> dict[str, list[linear_probe.ProbeResult]]:
         """Scores of the controls: they do not change in training, so they are computed once a run."""
         if not self._controls:
-            audio = [labelled.records.read(int(i)) for i in labelled.part]
+            audio = [_audio(labelled.records, int(i)) for i in labelled.part]
             features = {
                 RANDOM: [self._encode(labelled, *self._random(labelled, seed)) for seed in range(self.seeds)],
                 LOG_MEL: [linear_probe.log_mel_statistics(audio)] * self.seeds,
@@ -109,7 +113,8 @@ class Probe:
         """Pooled hidden states of every recording, float32 [N, layers + 1, 5 D]."""
         features: np.ndarray | None = None
         for rows in labelled.plan.sweep():
-            batch = read_rows(labelled.records, labelled.part, rows, jax.process_index(), jax.process_count())
+            hosts = jax.process_index(), jax.process_count()
+            batch = read_rows(labelled.records, labelled.part, rows, *hosts, lost=_lost)
             out = jax.device_get(self._pooled(params, extra, sharding.global_batch(self.job.mesh, batch)))
             if features is None:
                 features = np.zeros((len(labelled.part), *out.shape[1:]), np.float32)
@@ -150,6 +155,19 @@ class Probe:
                 line.append(f"{np.mean([score['mean'] for score in scores]):.1f}")
         self.job.logs.table(title, columns, cells)
         self.job.logs.save_json("probe", dict(title=title, columns=columns, rows=cells))
+
+
+def _lost(i: int, error: Exception) -> None:
+    log.warning("the probe hears silence instead of recording %d: %s", i, error)
+
+
+def _audio(records: Records, i: int) -> np.ndarray:
+    """int16 samples; silence where they cannot be read any more, which must not end a training run."""
+    try:
+        return records.read(i)
+    except UnreadableError as error:
+        _lost(i, error)
+        return np.zeros(int(records.lengths[i]), np.int16)
 
 
 def pool(frames: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Records without files: what a prepared set would give, from arrays."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +21,9 @@ class MemoryShards:
 
     def entry(self, row: int) -> dict:
         return {"id": self.ids[row], "meta": dict(self.meta[row])}
+
+    def entries(self) -> Iterator[dict]:
+        return (self.entry(row) for row in range(len(self.ids)))
 
     def read_into(self, row: int, start: int, out: np.ndarray) -> None:
         if row in self.broken:

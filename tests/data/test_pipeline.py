@@ -1,5 +1,7 @@
 """The pipeline: what tf.data delivers is what the plan says, from any start, and what is held out stays apart."""
 
+import re
+
 import numpy as np
 import pytest
 from memory import memory_records as make_records
@@ -11,7 +13,7 @@ from speechjax.data.plan import Plan, Shape
 from speechjax.data.shards import DamagedError
 from speechjax.errors import UserError
 
-KINDS = dict(audio=np.int16, lengths=np.int32, mean=np.float32, std=np.float32)
+KINDS = dict(audio=np.int16, lengths=np.int32, mean=np.float32, std=np.float32, unread=np.int32)
 SHAPES = [Shape(4, 100), Shape(4, 250)]
 OPTIONS = dict(
     source="memory", seed=1, row_divisor=4, frame_len=(20, 5), segment_align=40, workdir=None, temperature=1.0,
@@ -359,19 +361,59 @@ def test_an_unreadable_example_is_an_empty_row_and_is_counted(open_memory, caplo
         if not fill:
             np.testing.assert_array_equal(a["audio"][~gone], b["audio"][~gone])
             assert not a["audio"][gone].any()
-    assert data.unread == sum(int(((b["mean"] == lost) & (b["lengths"] > 0)).sum()) for b in wanted) > 0
-    assert whole.unread == 0
+        np.testing.assert_array_equal(a["unread"], gone.reshape(len(gone), -1).sum(axis=1))
+        assert not b["unread"].any()
+    assert sum(int(a["unread"].sum()) for a in found) > 0
     assert "cannot read r" in caplog.text
 
 
 def test_too_many_unreadable_examples_end_the_run_with_one_line(open_memory):
     records = make_records(random_lengths(400))
     records.parts[0].shards.broken.update(range(0, 400, 3))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"of .* examples could not be read, the last one 'r\d+' \(broken on purpose\)"):
+    with pytest.raises(UserError, match=r"% of the last .* could not be read, the last one 'r\d+' \(broken"):
         list(open_memory(records, max_bad_share=0.2).train_batches(0, 300))
     data = open_memory(records, max_bad_share=0.5)
-    list(data.train_batches(0, 200))  # a third is within what was allowed
-    assert data.unread > 200
+    batches = list(data.train_batches(0, 200))  # a third is within what was allowed
+    assert sum(batch["unread"].sum() for batch in batches) > 200
+
+
+def test_a_disk_that_fails_after_a_long_time_ends_the_run_as_soon(open_memory):
+    records = make_records(random_lengths(400))
+    data = open_memory(records, max_bad_share=0.2)
+    for _ in data.train_batches(0, 4000):
+        pass
+    records.parts[0].shards.broken.update(range(400))  # type: ignore[attr-defined]
+    unread = [0]
+    with pytest.raises(UserError, match="could not be read"):
+        unread.extend(int(batch["unread"].sum()) for batch in data.train_batches(4000, 8000))
+    assert sum(unread) < 1500  # a fifth of the last 4,096, not of all
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(row_multiple=0), "row_multiple=0 must be a multiple"),
+        (dict(row_multiple=-4), "row_multiple=-4 must be a multiple"),
+        (dict(crop_seconds=0.0), "crop_seconds=0.0: must be above 0"),
+        (dict(batch_seconds=-3.0), "batch_seconds=-3.0: must be above 0"),
+        (dict(batch_seconds=float("nan")), "batch_seconds=nan: must be above 0"),
+        (dict(shapes=0), "shapes=0: must be above 0"),
+        (dict(valid_seconds=-5.0), "valid_seconds=-5.0: must not be below 0"),
+    ],
+)
+def test_values_that_make_no_sense(open_memory, change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_memory(make_records(random_lengths(50)), **change)
+
+
+def test_the_digest_knows_which_recordings_there_are(open_memory):
+    lengths = random_lengths(50)
+    same = [open_memory(make_records(lengths), seed=seed).digest for seed in (1, 2)]
+    assert same[0] == same[1]
+    longer, renamed = lengths.copy(), [f"x{i}" for i in range(50)]
+    longer[3] += 1
+    others = [make_records(longer), make_records(lengths[1:]), make_records(lengths, renamed)]
+    assert len({same[0], *(open_memory(records).digest for records in others)}) == 4
 
 
 def test_a_disk_that_is_gone_with_names_and_all_is_still_an_empty_row(open_memory, caplog, monkeypatch):
@@ -398,7 +440,7 @@ def spoken(n):
 def test_transcripts_travel_with_whole_utterances(open_memory, tmp_path):
     records = spoken(200)
     data = open_memory(records, text="characters", text_steps="nfc", crop_seconds=300 / 16_000, workdir=tmp_path)
-    tokenizer = data.tokens.tokenizer
+    tokenizer = data.transcripts.tokenizer
     tokenizer.save(tmp_path)
     some_cropped = False
     for batch in data.train_batches(0, 2 * data.batches_per_epoch):
@@ -417,9 +459,9 @@ def test_transcripts_travel_with_whole_utterances(open_memory, tmp_path):
     # The workdir's vocabulary stays what it was, whatever the data is now.
     other = make_records(random_lengths(50), meta=[{"text": "abc"}] * 50)
     again = open_memory(other, text="characters", text_steps="nfc", workdir=tmp_path)
-    assert again.tokens.tokenizer.tokens == tokenizer.tokens
+    assert again.transcripts.tokenizer.tokens == tokenizer.tokens
     fresh = open_memory(other, text="characters", text_steps="nfc")
-    assert fresh.tokens.tokenizer.tokens != tokenizer.tokens
+    assert fresh.transcripts.tokenizer.tokens != tokenizer.tokens
 
 
 def test_transcripts_that_are_not_there(open_memory):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechjax.data import sources
+from speechjax.data import shards, sources
 from speechjax.data.records import Records, open_records
 from speechjax.data.shards import UnreadableError
 from speechjax.errors import UserError
@@ -179,8 +179,8 @@ def test_include_and_exclude_decode_nothing_again(folder, opened, decodes):
         ({"exclude": "(?P<"}, "config.data.exclude="),
         ({"include": "nothing_like_it"}, "no id passes config.data.include='nothing_like_it'"),
         ({"exclude": "."}, "no id passes"),
-        ({"min_seconds": 20.0}, "min_seconds=20 must not exceed half of segment_seconds=30"),
-        ({"segment_seconds": 0.0, "min_seconds": 0.0}, "segment_seconds=0"),
+        ({"min_seconds": 20.0}, "config.data.min_seconds=20: from 0 to half of the 30 s"),
+        ({"min_seconds": -1.0}, "config.data.min_seconds=-1: from 0"),
     ],
 )
 def test_mistakes_in_options(folder, opened, options, message):
@@ -341,7 +341,33 @@ def test_in_place_a_file_that_is_gone_is_unreadable_and_the_others_are_not(folde
             records.read(i)
 
 
+def test_rejections_of_a_mixture_say_where_they_are_from(two, opened):
+    (two[1] / "bad.wav").write_text("no audio " * 9)
+    records = opened(f"folder:{two[0]} + folder:{two[1]}")
+    assert records.rejected == [{"id": "bad.wav", "reason": "not audio", "source": f"folder:{two[1]}"}]
+
+
+def test_however_the_folder_is_spelt_it_is_the_same_set(folder, opened, decodes, tmp_path):
+    opened(folder)
+    (entry,) = entries(tmp_path)
+    os.truncate(entry / "shard-00000.pcm", 10)
+    assert len(opened(f"folder:{folder}/../{folder.name}/")) == 6
+    assert entries(tmp_path) == [entry]
+
+
 # ---- storage that fails
+
+
+def test_too_many_open_files_are_not_a_bad_recording(folder, opened, monkeypatch):
+    records = opened(folder)
+    shards._open_file.cache_clear()
+
+    def failing(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(UserError, match="ulimit -n"):
+        records.read(0)
 
 
 def test_disk_full_for_real(folder, opened, tmp_path):
