@@ -227,7 +227,7 @@ def test_a_deleted_file_falls_back(folder, caplog, name):
     assert restored_step(folder, caplog) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "null", '{"format": 2}'])
 def test_torn_meta_falls_back(folder, caplog, text):
     (folder / "3/meta/metadata").write_text(text)
     assert restored_step(folder, caplog) == 2

@@ -171,6 +171,7 @@ def test_missing_config_file(cache, tmp_path):
 
 def test_workdir_of_another_experiment(cache, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"width": 512}}))
+    (tmp_path / "metrics.jsonl").touch()
     code, output = run(cache, tmp_path)
     assert code == 1
     assert re.search(r"holds another experiment.*new --workdir", one_line_error(output))

@@ -61,10 +61,13 @@ def start(folder: Path, speech: Path) -> subprocess.Popen:
 
     Where the tests run in the background of a script, interrupts are ignored, and the process would inherit that.
     """
+    listening = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    prepare = command(f"--source=folder:{speech}", f"--out={folder}", "--workers=2")
     return subprocess.Popen(
-        command(f"--source=folder:{speech}", f"--out={folder}", "--workers=2"), cwd=REPO, text=True,
+        [sys.executable, "-c", listening, *prepare], cwd=REPO, text=True,
         env={**os.environ, MARK: str(folder)}, stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
