@@ -66,6 +66,7 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
 def on_device(mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """(global batch, samples of audio in it); a thread fetches and transfers up to three batches ahead of the step.
 
+    The samples are those of this process, times the number of processes: good enough for a rate.
     What fetching a batch raises is raised where that batch would have come.
     """
 
