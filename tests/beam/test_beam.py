@@ -345,7 +345,7 @@ def test_without_beam(monkeypatch):
 def test_folders_of_something_else_are_named_as_the_user_knows_them(storage, speech, tmp_path):
     source = open_source(f"folder:{speech}")
     on_beam(source, "fake://set")
-    other = dataclasses.replace(source, name="folder:/other")
+    other = dataclasses.replace(source, name="folder:/other", fingerprint="other")
     with pytest.raises(UserError, match=r"^fake://set was prepared from another source"):
         on_beam(other, "fake://set")
     with pytest.raises(UserError, match="the same with another copy="):
