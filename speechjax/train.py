@@ -31,7 +31,9 @@ class Schedule:
 
     `best_metric` names the evaluation metric whose best checkpoint is kept in `best/`, `best_mode` is "min" or
     "max"; after `patience` evaluations without a better one training stops (0: never).  `max_skipped`
-    non-finite steps in a row end the run.
+    non-finite steps in a row end the run.  A device holds at most `device_seconds` of audio at once (0: its whole part
+    of the batch); larger batches accumulate gradients.  `start_from` is a workdir, perhaps with @STEP, whose parameters
+    a new run begins with.
     """
 
     steps: int
@@ -44,6 +46,8 @@ class Schedule:
     best_mode: str
     patience: int
     max_skipped: int
+    device_seconds: float = 0.0
+    start_from: str = ""
 
     def __post_init__(self):
         for name in ("steps", "log_every", "checkpoint_every", "eval_every", "keep"):
@@ -128,7 +132,16 @@ def train(config: Any, data: Any, workdir: Path) -> int:
             job = Job(task, config, data, mesh, workdir, logs)
             finished = start >= schedule.steps or best.exhausted
             specs = [] if finished else data.specs
-            programs = compile_steps(task, tx, mesh, abstract, specs, seed=schedule.seed, log_every=schedule.log_every)
+            programs = compile_steps(
+                task,
+                tx,
+                mesh,
+                abstract,
+                specs,
+                seed=schedule.seed,
+                log_every=schedule.log_every,
+                device_seconds=schedule.device_seconds,
+            )
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
             log.info("report: %s", write_report(workdir))

@@ -158,3 +158,41 @@ def test_moments_are_float32_and_the_first_rate_is_that_of_step_zero():
     updates, _ = tx.update(grad, state, params)
     assert values(rate, 0) == [0.0]
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
+
+
+def test_tri_stage_schedule():
+    """data2vec's 3/90/7 %: up, hold, exponentially down to a hundredth."""
+    rate = schedule(learning_rate=2.0, warmup=30, hold=900, steps=1000, decay="exponential", floor=0.01)
+    found = values(rate, 15, 30, 929, 930, 965, 1000, 1100)
+    np.testing.assert_allclose(found, [1.0, 2.0, 2.0, 2.0, 2 * 0.01**0.5, 0.02, 0.02], rtol=1e-5)  # float32 powers
+
+
+def test_cosine_inverse_square_root_and_constant_schedules():
+    base: Any = dict(learning_rate=2.0, warmup=100, steps=300)
+    np.testing.assert_allclose(values(schedule(**base, decay="cosine"), 200, 300), [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(values(schedule(**base, decay="cosine", floor=0.1), 300), [0.2], rtol=1e-6)
+    noam = values(schedule(**base, decay="inverse_sqrt"), 50, 100, 400, 10_000)
+    np.testing.assert_allclose(noam, [1.0, 2.0, 1.0, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(values(schedule(**base, decay="constant"), 100, 10_000), [2.0, 2.0])
+
+
+def test_schedule_mistakes_are_named():
+    with pytest.raises(UserError, match="decay='lineal': choose from linear, cosine"):
+        schedule(learning_rate=1.0, warmup=1, steps=2, decay="lineal")
+    with pytest.raises(UserError, match=r"floor above 0"):
+        schedule(learning_rate=1.0, warmup=1, steps=2, decay="exponential")
+
+
+def test_frozen_parameters_stay_and_others_move():
+    options: Any = dict(steps=100, learning_rate=0.1, warmup=0, weight_decay=((".*", 0.5),), clip_norm=0.0, **ADAM)
+    tx, _ = make_optimizer(**options, freeze=(("front/.*", 2, 4), ("always", 0, -1)))
+    params = {"front": {"w": jnp.ones(3)}, "always": jnp.ones(2), "rest": jnp.ones(2)}
+    state, seen = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append([float(params["front"]["w"][0]), float(params["always"][0]), float(params["rest"][0])])  # type: ignore
+    front, always, rest = np.diff(np.array([[1.0, 1.0, 1.0], *seen]), axis=0).T
+    np.testing.assert_array_equal(front != 0, [True, True, False, False, True, True])
+    np.testing.assert_array_equal(always, 0)  # neither decay nor momentum
+    assert np.all(rest != 0)

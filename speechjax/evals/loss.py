@@ -13,7 +13,7 @@ from speechjax.train import Job
 
 
 class Loss:
-    """{loss or metric: value} over every held-out example; masks are the same at every evaluation."""
+    """{loss or metric: value} over every held-out example, "loss" all losses; masks are the same at every evaluation."""
 
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every
@@ -23,9 +23,11 @@ class Loss:
         def sums(params, extra, batch, step, number):
             rngs = stream_keys(job.task, seed, number)
             losses, metrics = job.task.apply({"params": params, **extra}, batch, step=step, train=False, rngs=rngs)
+            self._losses = tuple(losses)
             return {k: jnp.stack(pair) for k, pair in {**losses, **metrics}.items()}
 
         self._sums = sums
+        self._losses: tuple[str, ...] = ()  # their names, known once it is traced
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
@@ -34,4 +36,5 @@ class Loss:
             batch = sharding.global_batch(self.job.mesh, batch)
             sums = jax.device_get(self._sums(params, extra, batch, jnp.int32(step), jnp.int32(number)))
             total = {k: v.astype(np.float64) + total.get(k, 0) for k, v in sums.items()}
-        return {k: float(s / w) if w else float("nan") for k, (s, w) in total.items()}
+        found = {k: float(s / w) if w else float("nan") for k, (s, w) in total.items()}
+        return {"loss": sum(found[k] for k in self._losses), **found}
