@@ -8,13 +8,12 @@ holds a checkpoint.  Exit codes: 0 done, 42 restart me (pre-empted), 3 stopped o
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from speechjax.errors import TooManyRejectedError
-from speechjax.verb import leave
+from speechjax.verb import leave, split_overrides
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -25,16 +24,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG,...]", help="the experiment")
     parser.add_argument("--workdir", required=True, type=Path, help="where everything of the run goes")
-    args, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        item = rest.pop(0)
-        if not item.startswith("--config."):
-            parser.error(f"unknown argument {item!r}; config values are set with --config.block.key=value")
-        if "=" not in item and rest and not rest[0].startswith("--"):
-            item = f"{item}={rest.pop(0)}"
-        overrides.append(item.removeprefix("--config."))
-    return args, overrides
+    return split_overrides(parser, argv)
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -42,7 +32,7 @@ def run(argv: Sequence[str] | None) -> int:
     args, overrides = parse_args(argv)
     from speechjax import config as configs
 
-    config = configs.load(args.config, overrides)
+    config: Any = configs.load(args.config, overrides)
 
     import jax
 
@@ -55,33 +45,11 @@ def run(argv: Sequence[str] | None) -> int:
     if jax.process_index() == 0:
         configs.claim_workdir(args.workdir, config)
 
-    from speechjax.data import pipeline
+    from speechjax.experiment import open_experiment
     from speechjax.train import train
 
-    encoder = configs.make_task(config).encoder
-    try:
-        data = pipeline.open_data(
-            seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
-            segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=args.workdir,
-            **config.data.to_dict(),
-        )  # fmt: skip
-    except TooManyRejectedError as error:
-        _write_rejected(args.workdir, error.rejected)
-        raise
-    _write_rejected(args.workdir, data.records.rejected)
-    distributed.agree("the recordings", data.digest)
-    if data.transcripts and jax.process_index() == 0:
-        data.transcripts.tokenizer.save(args.workdir)
+    _, data = open_experiment(config, args.workdir)
     return train(config, data, args.workdir)
-
-
-def _write_rejected(workdir: Path, rejected: list[dict[str, str]]) -> None:
-    """`rejected.jsonl`: every recording left out, and why; each host finds the same."""
-    import jax
-
-    if jax.process_index() == 0:
-        lines = [json.dumps(entry) + "\n" for entry in rejected]  # ASCII: names of files need not be UTF-8
-        (workdir / "rejected.jsonl").write_text("".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -157,7 +157,7 @@ def batch_shapes(spec: Mapping[str, tuple], mesh: jax.sharding.Mesh) -> dict[str
 
 
 def compile_steps(
-    task: Any, tx: Any, mesh: Any, state: Any, specs: Sequence[Mapping[str, tuple]], *, seed: int, log_every: int,
+    task: Any, tx: Any, mesh: Any, state: Any, specs: Sequence[Mapping[str, tuple]], seed: int, log_every: int,
     device_seconds: float = 0.0,
 ) -> dict[tuple[int, ...], Any]:  # fmt: skip
     """The train step compiled for batches of every spec, before step 0: {shape of the audio: program}.

@@ -19,6 +19,7 @@ from speechjax.logs import Logs
 from speechjax.optim import make_optimizer
 from speechjax.report import write_report
 from speechjax.step import State, batch_shapes, compile_steps, init_state
+from speechjax.warm_start import fresh_state
 
 log = logging.getLogger("speechjax")
 
@@ -117,30 +118,22 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state, best, start = jax.jit(init, out_shardings=place)(), Best(schedule), 0
+            state, best, start = fresh_state(task, init, place, schedule.start_from), Best(schedule), 0
         else:
             state, meta = restored
             best, start = Best(schedule, **meta["best"]), meta["step"]
             log.info("resuming at step %d of %d", start, schedule.steps)
             if meta["data"] != data.digest:
                 log.warning("the data is not what it was before step %d: from here on other examples come", start)
-        count = sum(x.size for x in jax.tree.leaves(state.params))
-        log.info("%.2f M parameters, mesh %s", count / 1e6, dict(mesh.shape))
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        log.info("%.2f M parameters, mesh %s", size / 1e6, dict(mesh.shape))
 
         first = jax.process_index() == 0
         with Logs(workdir, total_steps=schedule.steps, start_step=start, enabled=first) as logs:
             job = Job(task, config, data, mesh, workdir, logs)
-            finished = start >= schedule.steps or best.exhausted
-            specs = [] if finished else data.specs
+            specs = [] if start >= schedule.steps or best.exhausted else data.specs
             programs = compile_steps(
-                task,
-                tx,
-                mesh,
-                abstract,
-                specs,
-                seed=schedule.seed,
-                log_every=schedule.log_every,
-                device_seconds=schedule.device_seconds,
+                task, tx, mesh, abstract, specs, schedule.seed, schedule.log_every, schedule.device_seconds
             )
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
@@ -174,8 +167,7 @@ class Loop:
         steps, hosts = self.schedule.steps, (jax.process_index(), jax.process_count())
         with self.clock.pause():  # opening loads TensorFlow
             batches = sharding.on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
-        in_flight: collections.deque = collections.deque()
-        code = DONE
+        code, in_flight = DONE, collections.deque()
         if self.best.exhausted:  # stopped early before; given again, the command changes nothing
             return code
         for step in range(start + 1, steps + 1):
@@ -237,8 +229,7 @@ class Loop:
         """Writes the finished log window, if any; True where too many steps in a row were not finite."""
         if self.window is None:
             return False
-        step, meters = self.window
-        self.window = None
+        (step, meters), self.window = self.window, None
         meters = jax.device_get(meters)
         skipped, in_row = int(meters.pop("skipped")), int(meters.pop("skipped_in_row"))
         metrics = {name: float(s / w) if w else math.nan for name, (s, w) in meters.items()}

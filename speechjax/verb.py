@@ -1,15 +1,32 @@
 """What all verbs share: from an exception to one clear line and an exit code."""
 
+import argparse
 import errno
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from speechjax.errors import UserError
 
 log = logging.getLogger("speechjax")
+
+
+def split_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, prefix: str = "--config."
+) -> tuple[argparse.Namespace, list[str]]:
+    """Known flags, and what follows `prefix` of every override, as `key=value`."""
+    args, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith(prefix):
+            parser.error(f"unknown argument {item!r}; config values are set with {prefix}block.key=value")
+        if "=" not in item and rest and not rest[0].startswith("--"):
+            item = f"{item}={rest.pop(0)}"
+        overrides.append(item.removeprefix(prefix))
+    return args, overrides
 
 
 def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:

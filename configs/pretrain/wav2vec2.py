@@ -88,6 +88,8 @@ def base() -> dict:
             exclude="",
             text="",
             text_steps="nfc single_spaces",
+            units="",
+            label="",
             max_bad_share=0.1,
             cache_dir="",
         ),

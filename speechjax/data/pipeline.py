@@ -15,10 +15,12 @@ import numpy as np
 from speechjax.data.buffers import Buffers
 from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.fill import FillPlan
+from speechjax.data.labels import ClassLabels, UnitLabels, read_classes, read_units
 from speechjax.data.mixture import rates
 from speechjax.data.plan import Batch, Plan, Rows, Shape, Spec, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.data.shards import DamagedError, UnreadableError
+from speechjax.data.sources import digest
 from speechjax.data.transcripts import Transcripts, read_transcripts
 from speechjax.errors import UserError
 
@@ -36,14 +38,20 @@ class Data:
     full scale 1.0); rows of length 0 are empty.  In filled rows the last three are [R, G], one a segment, and
     "starts" int32 [R, G] says at which sample each begins.  "unread" int32 [R] counts the examples of a row that could
     not be read; they are empty.  With a tokenizer there are also "tokens" int32 [R, U] and "token_lengths" int32 [R], 0
-    where there is no transcript.  This host gets its contiguous part of the global rows.
+    where there is no transcript; with `units` "units" int32 [R, N], one a `unit_hop` samples of the row from its first
+    on, and with `labels` "label" int32 [R], both -1 where there is none.  This host gets its contiguous part of the
+    global rows.
     """
 
     def __init__(
         self, records: Records, train: np.ndarray, valid: np.ndarray, train_plan: Plan | FillPlan, valid_plan: Plan,
         transcripts: Transcripts | None = None, max_bad_share: float = 0.0,
+        units: UnitLabels | None = None, labels: ClassLabels | None = None,
     ):  # fmt: skip
         self.records, self.transcripts = records, transcripts
+        self.units, self.labels = units, labels
+        self.unit_hop, self.unit_codes = (units.hop, units.codes) if units else (0, 0)
+        self.label_names = labels.names if labels else []
         self.sample_rate = SAMPLE_RATE
         self.max_bad_share = max_bad_share
         self._warned = 0
@@ -60,7 +68,8 @@ class Data:
 
     def spec(self, shape: Shape) -> Spec:
         """{name: (shape, dtype)} of a global batch of one plan shape."""
-        return batch_spec(shape) | (self.transcripts.spec(shape) if self.transcripts else {})
+        more = [part.spec(shape) for part in (self.transcripts, self.units, self.labels) if part]
+        return batch_spec(shape) | {name: spec for part in more for name, spec in part.items()}
 
     @property
     def batches_per_epoch(self) -> int:
@@ -82,8 +91,15 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Equal where the same examples come in the same order."""
-        return self.records.digest
+        """Equal where the same examples, with the same units and labels, come in the same order."""
+        labels = [part.digest for part in (self.units, self.labels) if part]
+        return digest([self.records.digest, *labels]) if labels else self.records.digest
+
+    def save(self, workdir: Path) -> None:
+        """What numbers in the batches mean: the vocabularies of transcripts, phones and classes, into `workdir`."""
+        for part in (self.transcripts and self.transcripts.tokenizer, self.units, self.labels):
+            if part:
+                part.save(workdir)
 
     def _read(self, split: str, rows: Rows, host: int, hosts: int) -> Batch:
         part = self._parts[split]
@@ -92,8 +108,14 @@ class Data:
             self._recent[0] += np.count_nonzero(batch["lengths"])
             if self._recent.sum() > _MEMORY:  # else a disk that fails after years would not count against them
                 self._recent /= 2
+        mine = host_share(rows, host, hosts)
+        lengths = batch["lengths"].reshape(mine.count.shape)  # 0 where it could not be read
         if self.transcripts:
-            batch |= self.transcripts.batch(self.records, part, host_share(rows, host, hosts))
+            batch |= self.transcripts.batch(self.records, part, mine)
+        if self.units:
+            batch |= self.units.batch(self.records, part, mine, lengths)
+        if self.labels:
+            batch |= self.labels.batch(part, mine, lengths)
         return batch
 
     def _lost(self, i: int, error: Exception) -> None:
@@ -232,6 +254,8 @@ def open_data(
     text_steps: str,
     max_bad_share: float,
     cache_dir: str,
+    units: str = "",
+    label: str = "",
 ) -> Data:
     """Opens `source` (preparing it at first use), holds some out, and plans static batch shapes.
 
@@ -241,9 +265,10 @@ def open_data(
     in one shape; `segment_align` is what the model asks of their starts, 0 if it cannot tell segments apart.
     `include` and `exclude` are regexes on recording ids.  `valid_seconds` of audio, at most a tenth, are held out,
     chosen by a hash of the id, so that adding files moves few.  `text` names a tokenizer (speechjax.data.text; empty:
-    no transcripts) and `text_steps` its normalisation; a vocabulary in `workdir` is used as it is.  `frame_len` is
-    (samples a frame, samples the first frame takes more).  Raises UserError for anything wrong with the source,
-    and where rows do not divide over `row_divisor` devices.
+    no transcripts) and `text_steps` its normalisation.  `units` and `label` add targets (speechjax.data.labels):
+    "labels:DIR" or "phones" for every frame, "meta:FIELD" or "id:REGEX" for an utterance.  Vocabularies in `workdir`
+    are used as they are.  `frame_len` is (samples a frame, samples the first frame takes more).  Raises UserError for
+    anything wrong with the source, and where rows do not divide over `row_divisor` devices.
     """
     if row_multiple < 1 or row_multiple % row_divisor:
         raise UserError(f"config.data.row_multiple={row_multiple} must be a multiple of the {row_divisor} devices")
@@ -271,8 +296,9 @@ def open_data(
         log.info("config.data.fill: the front end's norm runs over time and would mix segments; rows are crops instead")
     train_plan: Plan | FillPlan
     if fill and segment_align:
-        if text:
-            raise UserError("config.data.text needs whole utterances: set config.data.fill=False")
+        if text or label:
+            needed = "text needs whole utterances" if text else "label needs rows of one utterance"
+            raise UserError(f"config.data.{needed}: set config.data.fill=False")
         rows = max(1, round(batch / crop / row_multiple)) * row_multiple
         train_plan = FillPlan(
             lengths, seed, rows=rows, samples=crop, align=segment_align, hop=hop, extra=extra,
@@ -282,8 +308,10 @@ def open_data(
         train_plan = Plan(lengths, planned, seed, part, heard.tolist())
     transcripts = read_transcripts(records, planned, text, text_steps, workdir) if text else None
     data = Data(
-        records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), transcripts, max_bad_share
-    )
+        records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), transcripts, max_bad_share,
+        read_units(records, units, workdir) if units else None,
+        read_classes(records, label, workdir) if label else None,
+    )  # fmt: skip
     useful, kept = train_plan.useful_share()
     log.info(
         "batches: %s; %.1f %% of a batch is audio, %.1f %% of the audio survives cropping; %d batches an epoch, "

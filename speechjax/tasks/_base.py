@@ -36,6 +36,10 @@ class Task(nn.Module):
         """Unmasked features of every layer, for probes: `Encoded` with all hidden states."""
         return self.encoder(batch, train=False, hidden=True)
 
+    def start(self, params: Any, extra: Any) -> tuple[Any, Any]:
+        """(params, extra) a new run begins with, from fresh ones or those it continues; called once, outside jit."""
+        return params, extra
+
     def after_step(self, params: Any, extra: Any, sums: Any, step: jax.Array) -> Any:
         """State beyond parameters after an update: new `params`, old `extra`, the batch's `sums` -> new `extra`."""
         return extra

@@ -1,0 +1,96 @@
+"""Continued pretraining: what is taken over, what begins anew, and every mistake."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from speechjax.checkpoint import Checkpoints
+from speechjax.errors import UserError
+from speechjax.step import State
+from speechjax.warm_start import find_checkpoint, read_collection, warm_start
+
+
+def make_state(seed: int = 0, width: int = 3, codes: int = 5) -> State:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jax.numpy.asarray(rng.normal(size=shape), np.float32)  # noqa: E731
+    params = {
+        "encoder": {"front": draw(4, width), "layer0": {"kernel": draw(width, width)}},
+        "head": draw(width, codes),
+    }
+    zero, extra = jax.numpy.int32(0), {"teacher": {"w": draw(3)}}
+    return State(
+        step=jax.numpy.int32(seed), params=params, opt_state=(draw(2), {"mu": params}), extra=extra,
+        meters={"loss": draw(2)}, skipped=zero, skipped_in_row=zero,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    for room, steps in (("checkpoints", (2, 4)), ("best", (2,))):
+        checkpoints = Checkpoints(workdir / room, keep=3, every=1)
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"best": {}, "model": {}, "data": ""}, force=True)
+        checkpoints.close()
+    return workdir
+
+
+def test_reads_the_named_checkpoint_and_only_the_part_asked_for(run):
+    for source, seed in ((f"{run}", 4), (f"{run}@4", 4), (f"{run}@2", 2), (f"{run}@best", 2)):
+        params = read_collection(find_checkpoint(source))
+        jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, make_state(seed).params))
+    extra = read_collection(find_checkpoint(f"{run}@2"), "extra")
+    np.testing.assert_array_equal(extra["teacher"]["w"], make_state(2).extra["teacher"]["w"])
+
+
+def test_the_encoder_is_taken_and_another_head_begins_anew(run, caplog):
+    fresh = make_state(9, codes=7).params
+    with caplog.at_level(logging.INFO, "speechjax"):
+        params = flatten_dict(warm_start(fresh, f"{run}@2"), sep="/")
+    there = flatten_dict(make_state(2).params, sep="/")
+    for name in ("encoder/front", "encoder/layer0/kernel"):
+        np.testing.assert_array_equal(params[name], there[name])
+    np.testing.assert_array_equal(params["head"], fresh["head"])
+    assert "2 of 3 parameter arrays" in caplog.text
+    assert "new: head" in caplog.text
+
+
+def test_reading_leaves_a_live_run_as_it_is(run):
+    scratch = run / "checkpoints" / "6.orbax-checkpoint-tmp-1"
+    scratch.mkdir()  # a save under way in another process
+    read_collection(find_checkpoint(str(run)))
+    assert scratch.is_dir()
+    scratch.rmdir()
+
+
+def test_mistakes_are_named(run, tmp_path):
+    for source, message in {
+        f"{tmp_path}/none": "no run in",
+        f"{tmp_path}": "no checkpoint in",
+        f"{run}@3": "has no checkpoint '3'; there are: 2, 4, best",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            find_checkpoint(source)
+    with pytest.raises(UserError, match=r"another encoder \(encoder/front: \(4, 3\) there, \(4, 2\) here"):
+        warm_start(make_state(width=2).params, str(run))
+    with pytest.raises(UserError, match="shares no parameter of the encoder"):
+        warm_start({"encoder": {"other": np.zeros(3, np.float32)}}, str(run))
+
+
+def test_a_flipped_byte_is_noticed(run, tmp_path):
+    """Uncompressed arrays restore silently wrong; the digest tells."""
+    state = make_state(2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(1, state, {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    meta = tmp_path / "checkpoints/1/meta/metadata"
+    text = meta.read_text()
+    first = re.search(r'"digest": \[\d+, (\d+)', text)  # of the first parameter
+    assert first
+    meta.write_text(text.replace(first[1], str(int(first[1]) ^ 1)))
+    with pytest.raises(UserError, match="is damaged"):
+        read_collection(find_checkpoint(str(tmp_path)))
