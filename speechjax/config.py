@@ -142,8 +142,6 @@ def check(config: ConfigDict) -> None:
     """UserError unless every block fits its callable."""
     from speechjax import optim, sharding, train
     from speechjax.data import pipeline
-    from speechjax.models import encoder
-    from speechjax.models.positions import ConvPositions
 
     blocks = {"data", "evals", "mesh", "model", "optim", "task", "train"}
     if set(config) != blocks:
@@ -153,12 +151,7 @@ def check(config: ConfigDict) -> None:
         if "name" not in block:
             raise UserError(f"{what} needs name")
     check_kwargs("config.task", task_class(config.task.name), _without_name(config.task), given=("encoder",))
-    front = config.model.frontend
-    if front.name not in encoder.FRONTENDS:
-        raise UserError(f"config.model.frontend.name={front.name!r}: there are {', '.join(encoder.FRONTENDS)}")
-    check_kwargs("config.model.frontend", encoder.FRONTENDS[front.name], _without_name(front), given=("dtype",))
-    check_kwargs("config.model", encoder.SpeechEncoder, config.model)
-    check_kwargs("config.model.positions", ConvPositions, config.model.positions, given=("dtype",))
+    _check_model(config.model.to_dict())
     added = ("seed", "row_divisor", "frame_len", "segment_align", "workdir")
     check_kwargs("config.data", pipeline.open_data, config.data, given=added)
     check_kwargs("config.optim", optim.make_optimizer, config.optim, given=("steps",))
@@ -169,7 +162,28 @@ def check(config: ConfigDict) -> None:
         check_kwargs(f"config.evals.{name}", eval_class(block.name), _without_name(block), given=("job",))
 
 
-def _without_name(block: ConfigDict) -> dict[str, Any]:
+def _check_model(model: Mapping[str, Any]) -> None:
+    """UserError unless the model block and the blocks inside fit their callables."""
+    from speechjax.models import encoder, positions, relative, transformer
+
+    check_kwargs("config.model", encoder.SpeechEncoder, model)
+    blocks = {
+        "frontend": (encoder.FRONTENDS, None, ("dtype",)),
+        "positions": (positions.POSITIONS, "conv", ("dtype",)),
+        "block": (transformer.BLOCKS, "transformer", transformer.SHARED),
+    }
+    for key, (registry, default, given) in blocks.items():
+        block = model.get(key, {})
+        name = block.get("name", default)
+        if name not in registry:
+            raise UserError(f"config.model.{key}.name={name!r}: there are {', '.join(registry)}")
+        check_kwargs(f"config.model.{key}", registry[name], _without_name(block), given=given)
+    attention = model.get("attention", {})
+    check_kwargs("config.model.attention", relative.AttentionOptions, attention)
+    relative.AttentionOptions(**attention)
+
+
+def _without_name(block: Any) -> dict[str, Any]:
     return {k: v for k, v in block.items() if k != "name"}
 
 
@@ -193,7 +207,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     it trains, how much that cannot be read it bears.  A run that never began binds nobody.
     """
     free = {"train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep",
-            "data.cache_dir", "data.max_bad_share"}  # fmt: skip
+            "train.device_seconds", "data.cache_dir", "data.max_bad_share"}  # fmt: skip
     file = workdir / "config.json"
     mine = to_json(config)
     if file.exists() and any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
@@ -210,7 +224,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         if changed:
             shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
             raise UserError(f"{workdir} holds another experiment ({shown}); use a new --workdir")
-        for k in sorted(free):
+        for k in sorted(free & new.keys()):
             if old.get(k, new[k]) != new[k]:
                 log.info("%s: %r -> %r since the last start", k, old[k], new[k])
     try:

@@ -176,7 +176,7 @@ def test_odd_values_are_a_type_error_of_the_user(text):
     [
         ("task.name=wav2vec3", ["no tasks named 'wav2vec3'", "wav2vec2"]),
         ("evals.valid.name=lost", ["no evals named 'lost'", "loss", "picture"]),
-        ("model.frontend.name=mel", ["config.model.frontend.name='mel'", "waveform"]),
+        ("model.frontend.name=melody", ["config.model.frontend.name='melody'", "waveform"]),
     ],
 )
 def test_unknown_names_list_the_choices(override, parts):

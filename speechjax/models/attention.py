@@ -1,10 +1,17 @@
-"""One attention function for every model.  Shapes: B batch, T frames, H heads, E head width."""
+"""One attention function for every model.  Shapes: B batch, T frames, H heads, E head width, D width."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speechjax.models.layers import frame_mask
+from speechjax.errors import UserError
+from speechjax.models.layers import frame_mask, frame_positions
+from speechjax.models.positions import sinusoids
+from speechjax.models.relative import AttentionOptions, relative_shift, rotate
 
 
 def attention(
@@ -13,18 +20,31 @@ def attention(
     v: jax.Array,
     *,
     lengths: jax.Array,
+    bias: jax.Array | None = None,
+    chunk: int = 0,
+    left: int = -1,
     dropout: nn.Dropout | None = None,
     deterministic: bool = True,
 ) -> jax.Array:
     """Scaled dot-product attention over the valid keys: [B, T, H, E] x 3, int32 [B] or [B, T] -> [B, T, H, E].
 
-    Keys of another segment of a packed row are not valid (`lengths`: see layers.py).  Softmax runs in float32
-    whatever the compute dtype.  A frame without any valid key attends evenly and stays finite.
+    Keys of another segment of a packed row are not valid (`lengths`: see layers.py), nor those of a later chunk of
+    `chunk` frames, or more than `left` chunks earlier (see `AttentionOptions`; chunks start with the utterance).
+    `bias` float32, broadcast to [B, H, T, T], is added to the scaled products.  A frame without any valid key attends
+    evenly and stays finite.
     """
+    # Softmax in float32 whatever the compute dtype.  Float16 would overflow before it, which WavLM's code prevents by
+    # scaling the products down and up again; bfloat16 has the range of float32.
     logits_BxHxTxT = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    if bias is not None:
+        logits_BxHxTxT = logits_BxHxTxT + bias
     valid = frame_mask(lengths, k.shape[1])[:, None, None, :]
     if lengths.ndim == 2:
         valid = valid & (lengths[:, None, :, None] == lengths[:, None, None, :])
+    if chunk:
+        number = frame_positions(lengths, k.shape[1]) // chunk
+        behind = number[:, None, :, None] - number[:, None, None, :]
+        valid = valid & (behind >= 0) & (True if left < 0 else behind <= left)
     weights = jax.nn.softmax(jnp.where(valid, logits_BxHxTxT, jnp.finfo(jnp.float32).min)).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights, deterministic=deterministic)
@@ -32,21 +52,65 @@ def attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] or [B, T] -> [B, T, D]."""
+    """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] or [B, T] -> [B, T, D].
+
+    `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them.
+    """
 
     heads: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, lengths: jax.Array, *, train: bool, bias: jax.Array | None = None) -> jax.Array:
         B, T, D = x.shape
+        if D % self.heads:
+            raise UserError(f"config.model.width={D} is no multiple of config.model.heads={self.heads}")
+        options = AttentionOptions(**self.options)
         init = nn.initializers.normal(0.02)
 
         def project(name):
             return nn.Dense(D, dtype=self.dtype, kernel_init=init, name=name)
 
         q, k, v = (project(n)(x).reshape(B, T, self.heads, D // self.heads) for n in ("query", "key", "value"))
+        bias = None if bias is None else bias[None]
+        if options.positions == "rotary":
+            q, k = rotate(q), rotate(k)
+        if options.positions == "relative":
+            q, bias = self._by_distance(q)
+        if options.gated:
+            bias = bias * self._gate(x)
         dropout = nn.Dropout(self.dropout) if self.dropout else None
-        y = attention(q, k, v, lengths=lengths, dropout=dropout, deterministic=not train)
+        y = attention(
+            q, k, v, lengths=lengths, bias=bias, chunk=options.chunk, left=options.left, dropout=dropout,
+            deterministic=not train,
+        )  # fmt: skip
         return project("out")(y.reshape(B, T, D))
+
+    def _by_distance(self, q):
+        """Queries for the content of keys, and the products of those for their distance: terms (a, c) and (b, d)."""
+        _, T, H, E = q.shape
+        zeros = nn.initializers.zeros
+        content = self.param("content_bias", zeros, (H, E)).astype(q.dtype)[None, None]
+        distance = self.param("distance_bias", zeros, (H, E)).astype(q.dtype)[None, None]
+        # From T - 1 frames after the key down to T - 1 before it.
+        encoded = sinusoids(jnp.arange(T - 1, -T, -1, dtype=jnp.int32), H * E).astype(self.dtype)
+        init = nn.initializers.normal(0.02)
+        keys = nn.Dense(H * E, use_bias=False, dtype=self.dtype, kernel_init=init, name="distance")(encoded)
+        scores = jnp.einsum("bthe,jhe->bhtj", (q + distance) * E**-0.5, keys.reshape(2 * T - 1, H, E))
+        return q + content, relative_shift(scores).astype(jnp.float32)
+
+    def _gate(self, x):
+        """WavLM's gate of the bias, 1.75 at first: [B, T, D] -> float32 [B, H, T, 1].
+
+        The paper gates by the queries; its code and weights have the layer's input, split over the heads.  Eight
+        outputs summed by four are two, but learn at four times the rate, as published.
+        """
+        B, T, D = x.shape
+        x = x.reshape(B, T, self.heads, D // self.heads)
+        scores = nn.Dense(8, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="gate")(x)
+        scores = jnp.sum(scores.astype(jnp.float32).reshape(B, T, self.heads, 2, 4), axis=-1)
+        update, reset = jnp.moveaxis(jax.nn.sigmoid(scores), -1, 0)
+        scale = self.param("gate_scale", nn.initializers.ones, (self.heads,))[None, None]
+        return (update * (reset * scale - 1) + 2).transpose(0, 2, 1)[..., None]

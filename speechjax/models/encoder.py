@@ -1,9 +1,11 @@
-"""The speech encoder: front end, projection, transformer.
+"""The speech encoder: front end, projection, positions and blocks.
 
-Shapes: B batch, S samples, T frames, C channels, D width, G segments.  `lengths` is int32 [B], or [B, T] for packed
-rows: see layers.py.
+Shapes: B batch, S samples, N frames before subsampling, F their features, T frames, C channels, D width, G segments.
+`lengths` is int32 [B], or [B, T] for packed rows: see layers.py.
 """
 
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,123 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from speechjax.errors import UserError
-from speechjax.models.attention import SelfAttention
 from speechjax.models.frontend import WaveformExtractor
-from speechjax.models.layers import LayerNorm, fan_in_uniform, gelu, shard_batch, zero_padding
-from speechjax.models.positions import FRAMES_PER_ROW, ConvPositions
+from speechjax.models.layers import LayerNorm, fan_in_uniform, shard_batch
+from speechjax.models.positions import FRAMES_PER_ROW
+from speechjax.models.spectral import MelFrontend, MfccFrontend, PatchFrontend
+from speechjax.models.transformer import Transformer
 
-FRONTENDS = {"waveform": WaveformExtractor}
-
-
-class TransformerLayer(nn.Module):
-    """One layer; `norm` "post" (Base) or "pre" (Large): [B, T, D], [B] or [B, T] -> [B, T, D]."""
-
-    heads: int
-    mlp: int
-    norm: str
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    layerdrop: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, train: bool) -> jax.Array:
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, name="attention")
-        norm1 = LayerNorm(out_dtype=self.dtype, name="attention_norm")
-        norm2 = LayerNorm(out_dtype=self.dtype, name="mlp_norm")
-        y = shard_batch(x)
-        if self.norm == "pre":
-            y = y + drop(attend(norm1(y), lengths, train=train))
-            y = y + drop(self._mlp(norm2(y), train))
-        else:
-            y = norm1(y + drop(attend(y, lengths, train=train)))
-            y = norm2(y + drop(self._mlp(y, train)))
-        if train and self.layerdrop:
-            # One draw for the whole global batch, so every device drops the same layers.  The layer is computed
-            # and discarded: branching would save 5 % of the work and cost a second program.
-            keep = jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop)
-            y = jnp.where(keep, y, x)
-        return y
-
-    def _mlp(self, x, train):
-        init = nn.initializers.normal(0.02)
-        hidden = gelu(nn.Dense(self.mlp, dtype=self.dtype, kernel_init=init, name="mlp_up")(x))
-        hidden = nn.Dropout(self.activation_dropout, deterministic=not train)(hidden)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="mlp_down")(hidden)
-
-
-class Transformer(nn.Module):
-    """Convolutional positions, then `layers` layers: [B, T, D], [B] or [B, T] -> ([B, T, D], hidden states).
-
-    `norm="post"` normalises after the positions, "pre" after the last layer.  Hidden states (asked for with
-    `hidden=True`, else an empty list) are the input of the first layer and the output of each; with "pre" the
-    last one is not yet normalised.  `scan` stacks the layers' parameters and compiles one layer; `remat`
-    recomputes a layer's activations in the backward pass.
-    """
-
-    layers: int
-    heads: int
-    mlp: int
-    norm: str
-    positions: dict[str, Any]
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    layerdrop: float
-    scan: bool
-    remat: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, lengths: jax.Array, *, train: bool, hidden: bool = False
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        if self.norm not in ("post", "pre"):
-            raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre'")
-        x = zero_padding(x, lengths)
-        x = x + ConvPositions(dtype=self.dtype, name="positions", **self.positions)(x, lengths)
-        if self.norm == "post":
-            x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x, states = self._stack(x, lengths, train, hidden)
-        if self.norm == "pre":
-            x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
-        return zero_padding(x, lengths), [zero_padding(s, lengths) for s in states]
-
-    def _stack(self, x, lengths, train, hidden):
-        layer_class = TransformerLayer
-        if self.remat:
-            # Scan already keeps XLA from merging the recomputation with the original.
-            layer_class = nn.remat(TransformerLayer, static_argnums=(3,), prevent_cse=not self.scan)
-        options: dict[str, Any] = dict(
-            heads=self.heads, mlp=self.mlp, norm=self.norm, dropout=self.dropout, dtype=self.dtype,
-            attention_dropout=self.attention_dropout, activation_dropout=self.activation_dropout,
-            layerdrop=self.layerdrop,
-        )  # fmt: skip
-        if not self.scan:
-            states = [x]
-            for i in range(self.layers):
-                states.append(layer_class(**options, name=f"layer{i}")(states[-1], lengths, train))
-            return states[-1], states if hidden else []
-
-        def body(layer, carry, _):
-            y = layer(carry, lengths, train)
-            return y, (y if hidden else None)
-
-        stack = nn.scan(
-            body,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True, "layerdrop": True},
-            length=self.layers,
-        )
-        last, states = stack(layer_class(**options, name="layers"), x, None)
-        return last, [x, *states] if states is not None else []
+FRONTENDS = {"waveform": WaveformExtractor, "mel": MelFrontend, "mfcc": MfccFrontend, "patch": PatchFrontend}
 
 
 class Encoded(NamedTuple):
-    """`frames` [B, T, D], `lengths` [B] (packed rows: [B, T]), and on demand every hidden state [B, T, D]."""
+    """`frames` [B, T, D], `lengths` [B] (packed rows: [B, T]), and on demand states of the layers [B, T, D]."""
 
     frames: jax.Array
     lengths: jax.Array
@@ -138,7 +34,12 @@ class SpeechEncoder(nn.Module):
     """Front end, layer norm, projection to `width`, transformer.  The model block of a config is its arguments.
 
     `__call__` goes from batch to `Encoded`.  Pretraining tasks use the halves: `extract` (batch to features) and
-    `contextualize` (features, perhaps masked, to `Encoded`).
+    `contextualize` (features, perhaps masked, to `Encoded`).  With a spectral front end the first half has halves
+    too, for tasks that mask or predict its frames: `inputs` and `embed`.
+
+    `positions` are those added to the input (see positions.py; "conv" where unnamed), `attention` those inside
+    attention and how far it sees (see relative.py), `block` names the layer (see transformer.py) and its own options.
+    `hidden`, wherever it is an argument: see `Transformer`.
 
     A batch is {audio int16 or float [B, S], lengths int32 [B]} and perhaps {mean, std [B]} of the recordings.  In a
     packed batch a row holds up to G utterances: {starts, lengths int32 [B, G], mean, std [B, G]}.  Segment g is the
@@ -161,6 +62,8 @@ class SpeechEncoder(nn.Module):
     scan: bool
     remat: bool
     dtype: str
+    block: Mapping[str, Any] = field(default_factory=lambda: {"name": "transformer"})
+    attention: Mapping[str, Any] = field(default_factory=lambda: {"positions": "none"})
 
     def setup(self):
         options = dict(self.frontend)
@@ -177,7 +80,7 @@ class SpeechEncoder(nn.Module):
             layers=self.layers, heads=self.heads, mlp=self.mlp, norm=self.norm, positions=dict(self.positions),
             dropout=self.dropout, attention_dropout=self.attention_dropout,
             activation_dropout=self.activation_dropout, layerdrop=self.layerdrop, scan=self.scan,
-            remat=self.remat, dtype=dtype,
+            remat=self.remat, dtype=dtype, block=dict(self.block), attention=dict(self.attention),
         )  # fmt: skip
 
     def frame_len(self) -> tuple[int, int]:
@@ -192,6 +95,18 @@ class SpeechEncoder(nn.Module):
         """Samples of which the start of every segment of a packed row is a multiple."""
         hop, _ = self.frame_len()
         return hop * FRAMES_PER_ROW
+
+    def subsampling(self) -> int:
+        """Frames of `inputs` that become one frame.  Raises UserError where the front end has none."""
+        return self._spectral(self._detached_front()).subsampling
+
+    def _spectral(self, front):
+        if not hasattr(front, "subsampling"):
+            raise UserError(
+                f"config.model.frontend.name={self.frontend['name']!r} has no frames before its convolutions, which "
+                "this objective needs: choose mel, mfcc or patch"
+            )
+        return front
 
     def _detached_front(self):
         front = dict(self.frontend)
@@ -211,6 +126,22 @@ class SpeechEncoder(nn.Module):
             features = jnp.where(aligned[:, None, None], features, jnp.nan)
         return shard_batch(features), lengths
 
+    def inputs(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Normalised frames of a spectral front end before subsampling: batch -> float32 [B, N, F], [B].
+
+        Raises UserError for the waveform front end and for packed rows.
+        """
+        front = self._spectral(self.front)
+        if "starts" in batch:
+            raise UserError("config.model.frontend cannot tell the utterances of a packed row apart: data.fill=False")
+        x, lengths = front.inputs(batch["audio"], batch["lengths"])
+        return shard_batch(x), lengths
+
+    def embed(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`inputs`, perhaps masked, to what `extract` makes of a batch: [B, N, F], [B] -> [B, T, C], [B]."""
+        features, lengths = self._spectral(self.front).embed(x, lengths)
+        return shard_batch(features), lengths
+
     def contextualize(
         self,
         features: jax.Array,
@@ -218,7 +149,7 @@ class SpeechEncoder(nn.Module):
         *,
         mask: jax.Array | None = None,
         train: bool,
-        hidden: bool = False,
+        hidden: bool | str = False,
     ) -> Encoded:
         """Normalised features [B, T, C], masked where `mask` [B, T] is true, through the transformer."""
         x = self.input_drop(self.projection(features), deterministic=not train)
@@ -227,6 +158,6 @@ class SpeechEncoder(nn.Module):
         frames, states = self.transformer(x, lengths, train=train, hidden=hidden)
         return Encoded(frames, lengths, states)
 
-    def __call__(self, batch: dict[str, jax.Array], *, train: bool = False, hidden: bool = False) -> Encoded:
+    def __call__(self, batch: dict[str, jax.Array], *, train: bool = False, hidden: bool | str = False) -> Encoded:
         features, lengths = self.extract(batch)
         return self.contextualize(self.feature_norm(features), lengths, train=train, hidden=hidden)

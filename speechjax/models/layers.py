@@ -66,6 +66,15 @@ def at_segments(values: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, jnp.maximum(ids - 1, 0), axis=1)
 
 
+def frame_positions(lengths: jax.Array, frames: int) -> jax.Array:
+    """Number of every frame within its utterance, from 0: int32 [B] -> [1, T], segment ids [B, T] -> [B, T]."""
+    time = jnp.arange(frames, dtype=jnp.int32)[None]
+    if lengths.ndim == 1:
+        return time
+    first = lengths != jnp.pad(lengths, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return time - lax.cummax(jnp.where(first, time, 0), axis=1)
+
+
 def shard_batch(x: jax.Array) -> jax.Array:
     """Keeps the leading axis split over the mesh's data axes; without a mesh in context, nothing."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from speechjax.errors import UserError
+
 SAMPLES, FRAMES = 500, 24
 LENGTHS = np.array([500, 261, 0], np.int32)
 KINDS: dict[str, dict[str, Any]] = {
@@ -107,3 +109,58 @@ def test_bfloat16_keeps_parameters_and_norms_in_float32(tiny_encoder, audio):
     out, variables = jax.eval_shape(lambda: encoder.init_with_output(jax.random.key(0), batch, hidden=True))
     assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert {x.dtype for x in [out.frames, *out.hidden]} == {jnp.dtype("bfloat16")}
+
+
+def test_a_spectral_encoder_is_embed_of_inputs(tiny_encoder, random_params):
+    """A task may change the frames between the halves; without that, the halves are the whole."""
+    encoder = tiny_encoder()
+    encoder = encoder.clone(frontend=dict(name="mel", n_mels=8, factor=2))
+    audio = np.random.default_rng(0).integers(-9000, 9000, (2, 4000)).astype(np.int16)
+    batch = dict(audio=audio, lengths=np.array([4000, 2500], np.int32))
+    params = random_params(encoder, batch)
+
+    @jax.jit
+    def run(batch, shift):
+        def halves(encoder, batch):
+            x, lengths = encoder.inputs(batch)
+            return x, encoder.embed(x + shift, lengths), encoder.extract(batch)
+
+        return encoder.apply({"params": params}, batch, method=halves)
+
+    x, (features, lengths), (whole, whole_lengths) = run(batch, 0.0)
+    assert x.dtype == jnp.float32
+    assert (encoder.subsampling(), features.shape[1]) == (2, x.shape[1] // 2)
+    np.testing.assert_array_equal(features, whole)
+    np.testing.assert_array_equal(lengths, whole_lengths)
+    assert np.abs(run(batch, 1.0)[1][0] - whole).max() > 0.1, "negative control"
+    with pytest.raises(UserError, match=r"packed row.*data\.fill=False"):
+        run(batch | dict(starts=np.zeros((2, 1), np.int32), lengths=np.array([[4000], [2500]], np.int32)), 0.0)
+
+
+def test_a_waveform_encoder_has_no_frames_to_mask(tiny_encoder, audio):
+    batch = dict(audio=audio, lengths=LENGTHS)
+    for method, args in (("inputs", (batch,)), ("embed", (jnp.zeros((1, 4, 2)), jnp.array([4])))):
+        with pytest.raises(UserError, match=r"config\.model\.frontend\.name='waveform'.*mel, mfcc or patch"):
+            jax.eval_shape(lambda m=method, a=args: tiny_encoder().init(jax.random.key(0), *a, method=m))
+    with pytest.raises(UserError, match=r"config\.model\.frontend"):
+        tiny_encoder().subsampling()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_positions_and_attention_of_the_config_reach_the_layers(tiny_encoder, audio, scan):
+    """By the parameters they bring; those of other parts keep their names."""
+    batch = dict(audio=audio, lengths=LENGTHS)
+    paths = lambda **settings: {  # noqa: E731
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(
+            jax.eval_shape(lambda: tiny_encoder(scan=scan, **settings).init(jax.random.key(0), batch))["params"]
+        )
+    }
+    plain, layer = paths(), "transformer/layers" if scan else "transformer/layer1"
+    bias = {"transformer/attention_bias/table"}
+    assert paths(attention=dict(positions="buckets")) == plain | bias
+    gated = paths(attention=dict(positions="buckets", gated=True))
+    assert gated >= plain | bias | {f"{layer}/attention/gate_scale", f"{layer}/attention/gate/kernel"}
+    assert paths(attention=dict(positions="rotary", chunk=2)) == plain
+    assert f"{layer}/attention/distance/kernel" in paths(attention=dict(positions="relative"))
+    assert paths(positions=dict(name="none")) == {p for p in plain if "transformer/positions" not in p}

@@ -13,6 +13,7 @@ from speechjax.models.layers import (
     at_segments,
     fan_in_uniform,
     frame_mask,
+    frame_positions,
     gelu,
     scale_gradient,
     segment_ids,
@@ -78,6 +79,15 @@ def test_segment_ids_and_what_follows_from_them():
     values = np.array([[5, 6, 7], [8, 9, 9]], np.int32)
     np.testing.assert_array_equal(at_segments(values, ids)[0], [5, 5, 5, 5, 7, 7, 7])
     np.testing.assert_array_equal(at_segments(values, ids)[1], 8)
+
+
+def test_frame_positions_restart_with_every_segment():
+    run = jax.jit(frame_positions, static_argnums=1)
+    np.testing.assert_array_equal(run(np.array([3, 5], np.int32), 4), [[0, 1, 2, 3]])
+    ids = np.array([[1, 1, 1, 2, 2, 0, 3], [0, 0, 2, 2, 2, 2, 3]], np.int32)
+    positions = np.asarray(run(ids, 7))
+    assert positions.dtype == np.int32
+    np.testing.assert_array_equal(np.where(ids > 0, positions, 0), [[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 2, 3, 0]])
 
 
 def test_layer_norm_runs_in_float32_and_does_not_cancel():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from speechjax.errors import UserError
-from speechjax.models.encoder import Transformer
+from speechjax.models.transformer import Transformer
 
 B, T, D = 3, 9, 16
 LENGTHS = jnp.array([9, 5, 0], jnp.int32)
@@ -71,6 +71,46 @@ def test_scan_and_remat_change_nothing(params, norm):
         swapped = params | {"layer0": params["layer1"], "layer1": params["layer0"]}
         wrong = outputs_and_gradient(stacked(swapped), norm=norm, scan=True, remat=False)
         assert worst(reference[0], wrong[0]) > 0.1, "negative control: the order of the layers"
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_mlp_outputs_are_what_enters_the_residual_sum(params, norm):
+    """One a layer, as the last product of the branch gives them: before dropout and sum, scanned or not."""
+    settings: dict[str, Any] = dict(norm=norm, dropout=0.4)
+
+    def run(params, hidden, capture=False, train=False, **more):
+        model: Any = make(**settings, **more)
+        kept = dict(capture_intermediates=lambda m, _: m.name == "mlp_down", mutable="intermediates")
+        rngs = {"dropout": jax.random.key(0)}
+        args: dict[str, Any] = dict(train=train, hidden=hidden, rngs=rngs, **(kept if capture else {}))
+        return model.apply({"params": params}, X, LENGTHS, **args)
+
+    (frames, states), seen = jax.jit(functools.partial(run, hidden="mlp", capture=True, train=True))(params)
+    assert len(states) == 2
+    inside = np.arange(T)[None, :, None] < np.asarray(LENGTHS)[:, None, None]
+    for i, state in enumerate(states):
+        product = np.asarray(seen["intermediates"][f"layer{i}"]["mlp_down"]["__call__"][0])
+        np.testing.assert_array_equal(state, np.where(inside, product, 0))
+        assert np.abs(state).max() > 0.1
+    assert np.isfinite(frames).all()
+
+    outputs, mlps = (jax.jit(functools.partial(run, hidden=h))(params)[1] for h in (True, "mlp"))
+    assert len(outputs) == 3
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(outputs[1:], mlps, strict=True)), "negative control"
+    for more in (dict(scan=True), dict(scan=True, remat=True)):
+        scanned = jax.jit(functools.partial(run, hidden="mlp", **more))(stacked(params))[1]
+        assert worst(mlps, scanned) < 1e-5  # compiled otherwise, so float32 rounds otherwise
+    scanned = jax.jit(functools.partial(run, hidden=True, scan=True))(stacked(params))[1]
+    assert worst(outputs, scanned) < 1e-5
+    if norm == "pre":
+        # Branch by branch: the output less the MLP branch is the input plus what attention gave.
+        before = np.asarray(outputs[2]) - np.asarray(mlps[1])
+        normed = (before - before.mean(-1, keepdims=True)) / np.sqrt(before.var(-1, keepdims=True) + 1e-5)
+        p = jax.tree.map(np.asarray, params["layer1"])
+        up = normed * p["mlp_norm"]["scale"] + p["mlp_norm"]["bias"]
+        up = np.asarray(jax.nn.gelu(up @ p["mlp_up"]["kernel"] + p["mlp_up"]["bias"], approximate=False))
+        expected = up @ p["mlp_down"]["kernel"] + p["mlp_down"]["bias"]
+        np.testing.assert_allclose(np.where(inside, expected, 0), mlps[1], atol=1e-4)  # float32; a norm amplifies
 
 
 def test_layers_of_a_scan_start_differently():

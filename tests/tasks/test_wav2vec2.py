@@ -242,7 +242,7 @@ def test_predict_shows_true_and_most_similar_codes_at_masked_frames(tiny_wav2vec
         n = int(mask.sum())
         codes = [5 * first + second for first, second in raw["codes"][b, :n]]
         np.testing.assert_array_equal(shown["true"][b][mask], codes)
-        best = [codes[int(row[:n].argmax())] for row in raw["similar"][b, :n]]
+        best = [codes[int(row[:n].argmax())] for row in raw["contrast"].similar[b, :n]]
         np.testing.assert_array_equal(shown["predicted"][b][mask], best)
 
 

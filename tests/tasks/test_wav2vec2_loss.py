@@ -12,6 +12,7 @@ from tiny_wav2vec2 import FRAMES, STREAMS, make_batch, random_params
 
 from speechjax.models.masking import sample_negatives, span_mask
 from speechjax.tasks import wav2vec2
+from speechjax.tasks._contrastive import chance_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_chance_accuracy_is_that_of_guessing_among_different_candidates(masked, 
     code[:2] = [0, 1]
     valid = jnp.asarray(np.arange(slots) < masked)[None]
     same = jnp.asarray(code[:, None] == code[None])[None]
-    estimate = jax.jit(wav2vec2._chance_accuracy, static_argnums=3)(same, valid, valid[:, None], K)
+    estimate = jax.jit(chance_accuracy, static_argnums=3)(same, valid, valid[:, None], K)
     for m in range(masked):
         others = np.delete(np.arange(masked), m)
         distinct = [len(set(code[rng.choice(others, K)]) - {code[m]}) for _ in range(draws // masked + 50)]

@@ -43,7 +43,8 @@ def model(tiny_wav2vec2):
 
 def contrast(task, params, batch, train=True) -> dict[str, Any]:
     rngs = {name: jax.random.key(i) for i, name in enumerate(STREAMS)}
-    return task.apply({"params": params}, batch, jnp.int32(0), train, rngs=rngs, method="_contrast")
+    out = task.apply({"params": params}, batch, jnp.int32(0), train, rngs=rngs, method="_contrast")
+    return out | out["slots"]._asdict() | out["contrast"]._asdict()
 
 
 def in_rows(masks: np.ndarray) -> np.ndarray:

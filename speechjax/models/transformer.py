@@ -1,0 +1,159 @@
+"""The stack of blocks between positions and output: transformer layers, conformer layers or others of `BLOCKS`.
+
+Shapes: B batch, T frames, D width, H heads.  `lengths` is int32 [B], or [B, T] for packed rows: see layers.py.
+
+A block is built with the arguments that all share (those of `TransformerLayer`) and its own options, and called as
+`layer(x, lengths, train, bias)` -> (y, output of its feed-forward branch before the residual sum), both [B, T, D].
+`bias` is the attention bias that all layers share, float32 [H, T, T] or None; it and `attention` go to
+`SelfAttention`.  Where `attention` limits the context, a block may use no later frame in any other way either.
+"""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from speechjax.errors import UserError
+from speechjax.models.attention import SelfAttention
+from speechjax.models.conformer import ConformerLayer
+from speechjax.models.layers import LayerNorm, gelu, shard_batch, zero_padding
+from speechjax.models.positions import POSITIONS
+from speechjax.models.recurrent import GRULayer
+from speechjax.models.relative import AttentionOptions, SharedBias
+
+
+class TransformerLayer(nn.Module):
+    """One layer; `norm` "post" (Base) or "pre" (Large): [B, T, D], [B] or [B, T] -> two [B, T, D].
+
+    The second is the feed-forward branch as it enters the residual sum, before its dropout: what data2vec regresses
+    on.
+    """
+
+    heads: int
+    mlp: int
+    norm: str
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    layerdrop: float
+    dtype: Any
+    attention: Mapping[str, Any] = field(default_factory=dict)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array, train: bool, bias: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, self.attention, name="attention")
+        norm1 = LayerNorm(out_dtype=self.dtype, name="attention_norm")
+        norm2 = LayerNorm(out_dtype=self.dtype, name="mlp_norm")
+        y = shard_batch(x)
+        if self.norm == "pre":
+            y = y + drop(attend(norm1(y), lengths, train=train, bias=bias))
+            mlp = self._mlp(norm2(y), train)
+            y = y + drop(mlp)
+        else:
+            y = norm1(y + drop(attend(y, lengths, train=train, bias=bias)))
+            mlp = self._mlp(y, train)
+            y = norm2(y + drop(mlp))
+        if train and self.layerdrop:
+            # One draw for the whole global batch, so every device drops the same layers.  The layer is computed
+            # and discarded: branching would save 5 % of the work and cost a second program.
+            keep = jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop)
+            y = jnp.where(keep, y, x)
+        return y, mlp
+
+    def _mlp(self, x, train):
+        init = nn.initializers.normal(0.02)
+        hidden = gelu(nn.Dense(self.mlp, dtype=self.dtype, kernel_init=init, name="mlp_up")(x))
+        hidden = nn.Dropout(self.activation_dropout, deterministic=not train)(hidden)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="mlp_down")(hidden)
+
+
+BLOCKS = {"transformer": TransformerLayer, "conformer": ConformerLayer, "gru": GRULayer}
+# What the program gives every block; the rest are options of its own.
+SHARED = (
+    "heads", "mlp", "norm", "dropout", "attention_dropout", "activation_dropout", "layerdrop", "attention", "dtype",
+)  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """Positions, then `layers` blocks: [B, T, D], [B] or [B, T] -> ([B, T, D], hidden states).
+
+    `norm="post"` normalises after the positions, "pre" after the last layer.  Hidden states: with `hidden=True` the
+    input of the first layer and the output of each, L + 1; with "pre" the last one is not yet normalised.  With
+    `hidden="mlp"` the feed-forward output of each layer before the residual sum, L.  Else an empty list.  `scan`
+    stacks the layers' parameters and compiles one layer; `remat` recomputes a layer's activations in the backward
+    pass.
+    """
+
+    layers: int
+    heads: int
+    mlp: int
+    norm: str
+    positions: Mapping[str, Any]
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    layerdrop: float
+    scan: bool
+    remat: bool
+    dtype: Any
+    block: Mapping[str, Any] = field(default_factory=lambda: {"name": "transformer"})
+    attention: Mapping[str, Any] = field(default_factory=dict)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array, *, train: bool, hidden: bool | str = False
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        if self.norm not in ("post", "pre"):
+            raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre'")
+        context = AttentionOptions(**self.attention)
+        options = {"name": "conv"} | dict(self.positions)
+        positions = POSITIONS[options.pop("name")](dtype=self.dtype, name="positions", **options)
+        bias = SharedBias(self.heads, context, name="attention_bias")(x.shape[1])
+        x = zero_padding(x, lengths)
+        x = x + positions(x, lengths, context.causal)
+        if self.norm == "post":
+            x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x, states = self._stack(x, lengths, bias, train, hidden)
+        if self.norm == "pre":
+            x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
+        return zero_padding(x, lengths), [zero_padding(s, lengths) for s in states]
+
+    def _stack(self, x, lengths, bias, train, hidden):
+        options = dict(self.block)
+        layer_class: Any = BLOCKS[options.pop("name")]
+        if self.remat:
+            # Scan already keeps XLA from merging the recomputation with the original.
+            layer_class = nn.remat(layer_class, static_argnums=(3,), prevent_cse=not self.scan)
+        options |= dict(
+            heads=self.heads, mlp=self.mlp, norm=self.norm, dropout=self.dropout, dtype=self.dtype,
+            attention_dropout=self.attention_dropout, activation_dropout=self.activation_dropout,
+            layerdrop=self.layerdrop, attention=self.attention,
+        )  # fmt: skip
+        states = [x] if hidden is True else []
+
+        def body(layer, x, _):
+            y, mlp = layer(x, lengths, train, bias)
+            return y, (mlp if hidden == "mlp" else y if hidden else None)
+
+        if self.scan:
+            stack = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True, "layerdrop": True},
+                length=self.layers,
+            )
+            out: Any = stack(layer_class(**options, name="layers"), x, None)
+            x, kept = out
+        else:
+            kept = []
+            for i in range(self.layers):
+                x, state = body(layer_class(**options, name=f"layer{i}"), x, None)
+                kept.append(state)
+        return x, [*states, *kept] if hidden else []
