@@ -1,4 +1,4 @@
-"""A picture of one held-out recording: log-mel with mask, true and predicted codes, and the audio it shows."""
+"""A picture of one held-out recording, what the task predicts of it beside what is true, and the audio it shows."""
 
 import functools
 from typing import Any
@@ -10,13 +10,17 @@ import numpy as np
 from speechjax import sharding
 from speechjax.audio.features import log_mel
 from speechjax.models.frontend import as_float
-from speechjax.pictures import mask_picture
+from speechjax.pictures import mask_picture, reconstruction_picture
 from speechjax.step import stream_keys
 from speechjax.train import Job
 
 
 class Picture:
-    """The longest recording of the first held-out batch, through `task.predict`."""
+    """The longest recording of the first held-out batch, through `task.predict`.
+
+    Codes (`true` and `predicted`) are shown below its log-mel spectrogram; frames (`target` and `output`) as
+    spectrograms of their own.  What was masked is marked, where the task has a `mask`.
+    """
 
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every
@@ -40,10 +44,13 @@ class Picture:
         if not frames:  # it could not be read
             return {}
         rate = self.job.data.sample_rate
-        image = mask_picture(
-            np.asarray(out["mel"])[: samples * 100 // rate], out["mask"][:frames], out["true"][:frames],
-            out["predicted"][:frames], samples / rate, f"step {step}",
-        )  # fmt: skip
+        seconds, title = samples / rate, f"step {step}"
+        mask = out["mask"][:frames] if "mask" in out else None
+        if "target" in out:
+            image = reconstruction_picture(out["target"][:frames], out["output"][:frames], mask, seconds, title)
+        else:
+            mel = np.asarray(out["mel"])[: samples * 100 // rate]
+            image = mask_picture(mel, mask, out["true"][:frames], out["predicted"][:frames], seconds, title)
         self.job.logs.picture(step, name, image)
         self.job.logs.audio(step, name, self._batch["audio"][0, :samples], rate)
         return {}

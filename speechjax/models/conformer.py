@@ -26,9 +26,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, left: int, segments: jax.Arr
     Output t sees inputs t - left to t - left + K - 1, zeros outside the row; with segment ids [B, T] only those of
     its own segment.  Sums run in float32 whatever the compute dtype.
 
-    A sum of K shifted products, which XLA makes one loop.  Its own grouped convolution takes 27 times as long forward
-    on CPU (B 4, T 800, D 256, K 31: 59 ms against 2.2) and 7 times forward and backward (177 ms against 26); the
-    kernel's gradient, left to autodiff, alone costs what the loop over taps below costs six times.
+    A sum of K shifted products, which XLA makes one loop: 2.4 ms of CPU where its own grouped convolution takes 60
+    (B 4, T 800, D 256, K 31).  With the backward pass written out below, 12 ms where that takes 190 and autodiff of
+    the shifted products 69.
     """
     K, T = len(kernel), x.shape[1]
     ends = (left, K - 1 - left)

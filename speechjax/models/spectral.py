@@ -243,7 +243,8 @@ class PatchFrontend(SpectralFrontend):
     [B, T, frames * bands]; `embed` projects them and adds fixed 2-D sinusoids, so models need no other positions.
 
     Frames that do not fill a column are dropped: 10.24 s make 64 columns of 8 tokens, as published.  Both papers have
-    128 of Kaldi's bands, the lowest of which contain no FFT bin at 25 ms: `log_mel` refuses them, so they are librosa's here.
+    128 of Kaldi's bands; at 25 ms the lowest of those contain no FFT bin, which `log_mel` refuses, so here they are
+    librosa's.
     Raises UserError if the bands of a patch do not divide `n_mels`.
     """
 

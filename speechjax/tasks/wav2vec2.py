@@ -147,4 +147,3 @@ class Wav2Vec2(Task):
                 "nearly all frames share their codes, so the task has become trivial: this is collapse, not success"
             )
         return alarms
-

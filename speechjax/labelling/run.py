@@ -1,0 +1,118 @@
+"""A trained task, read from the workdir of its run without touching it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from speechjax import checkpoint
+from speechjax import config as configs
+from speechjax.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The task of a run, its `variables` at `step`, and a digest of these."""
+
+    workdir: Path
+    directory: Path
+    step: int
+    config: ConfigDict
+    task: Any
+    variables: dict[str, Any]
+    digest: str
+
+
+def open_run(which: str, place: jax.sharding.Sharding) -> Run:
+    """WORKDIR, WORKDIR@best, WORKDIR@newest or WORKDIR@STEP; parameters and other state of the model go to `place`.
+
+    Without @ it is the best checkpoint, or the newest where none was judged yet.  Raises UserError where the run, its
+    config or the checkpoint cannot be read.
+    """
+    folder, at, name = which.rpartition("@")
+    named = bool(at) and (name.isdecimal() or name in ("best", "newest"))
+    workdir = Path(folder if named else which).expanduser().absolute()
+    config = _config(which, workdir)
+    directory = _directory(which, workdir, name if named else "")
+    variables, digest = _restore(directory, place)
+    return Run(workdir, directory, int(directory.name), config, configs.make_task(config), variables, digest)
+
+
+def _config(which: str, workdir: Path) -> ConfigDict:
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"{which}: not the workdir of a run, there is no {file}")
+    try:
+        return ConfigDict(_tuples(json.loads(file.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the config of a run: {error}") from error
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON has only lists; a config has tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
+
+
+def _directory(which: str, workdir: Path, name: str) -> Path:
+    """The folder of the checkpoint meant."""
+    found = {room: _steps(workdir / room) for room in ("best", "checkpoints")}
+    for room, steps in found.items():
+        wanted = steps if name in ("", "best" if room == "best" else "newest") else [s for s in steps if str(s) == name]
+        if wanted:
+            return workdir / room / str(wanted[-1])
+    there = sorted({*found["best"], *found["checkpoints"]})
+    known = f"there are {', '.join(map(str, there))}" if there else "there is none yet"
+    raise UserError(f"{which}: no such checkpoint in {workdir}; {known}")
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of finished checkpoints; what is being written, or was set aside, has other names."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _restore(directory: Path, place: jax.sharding.Sharding) -> tuple[dict[str, Any], str]:
+    """Params and extra of a checkpoint as variables, checked, and a digest of them; the optimizer's state stays there.
+
+    Not by `Checkpoints`, which tidies the folder of a run that may still be going on.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(directory / "meta")
+        if meta["format"] != checkpoint.FORMAT:
+            raise UserError(
+                f"{directory} has format {meta['format']}, this version reads {checkpoint.FORMAT}; use the version "
+                "that wrote it"
+            )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(directory / "state").item_metadata.tree
+            wanted = {name: saved[name] for name in ("params", "extra")}
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), wanted)
+            args = ocp.args.PyTreeRestore(
+                item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+            )
+            state = reader.restore(directory / "state", args=args)
+        sizes = {name: len(jax.tree.leaves(saved[name])) for name in ("step", "params", "opt_state")}
+        digests = {name: checkpoint.digest(state[name]) for name in ("params", "extra")}
+        after = sum(sizes.values())  # a digest lists the leaves of step, params, opt_state, extra, ... in this order
+        first = meta["digest"]
+        if (
+            first[sizes["step"] : sizes["step"] + sizes["params"]] != digests["params"]
+            or first[after : after + len(digests["extra"])] != digests["extra"]
+        ):
+            raise ValueError("its digest does not match its contents")
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises many kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"checkpoint {directory} cannot be read ({reason}); name another, e.g. RUNDIR@STEP") from error
+    sha = hashlib.sha256(json.dumps(digests, sort_keys=True).encode())
+    return {"params": state["params"], **state["extra"]}, sha.hexdigest()
