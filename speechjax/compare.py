@@ -171,7 +171,8 @@ def _evaluate(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
         flags = [f"--evals.{name}.{key}={value}" for name, block in evals.items() for key, value in block.items()]
         command = ["speechjax.evaluate", f"--workdir={workdir}", "--checkpoint=newest", f"--evals={','.join(evals)}"]
         _call([*command, f"--out={out}", *flags], workdir.parent / f"{workdir.name}.evaluate.log")
-    return json.loads(out.read_text())
+    evals = json.loads(out.read_text())["evals"]
+    return {f"{name}/{key}": value for name, found in evals.items() for key, value in found["metrics"].items()}
 
 
 def _call(command: Sequence[str], log_file: Path) -> int:

@@ -76,6 +76,8 @@ def spectral(size: str = "base", *, block: str = "transformer", factor: int = 2,
         model |= dict(positions=dict(kernel=64 if size == "tiny" else 128, groups=16))
     if size == "tiny":
         model |= _regularisation(0.05) | dict(attention_dropout=0.0) | _execution("float32")
+        if subsample == "conv":
+            model["frontend"] |= dict(conv_channels=32, embedding=256)
     return model
 
 
