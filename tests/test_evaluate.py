@@ -1,4 +1,4 @@
-"""`speechjax.evaluate`: the weights asked for are the weights scored, nothing of the run changes, mistakes are named."""
+"""`speechjax.evaluate`: the weights asked for are those scored, nothing of the run changes, mistakes are named."""
 
 import hashlib
 import json
@@ -28,9 +28,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, cache):
-    """A run of three steps with its best checkpoint at another step than its newest; only ever read."""
-    folder, workdir = tmp_path_factory.mktemp("recordings"), tmp_path_factory.mktemp("runs") / "run"
+def config(tmp_path_factory, cache):
+    """The config of a run of three steps over some noise."""
+    folder = tmp_path_factory.mktemp("recordings")
     rng = np.random.default_rng(0)
     for i in range(16):
         audio = rng.standard_normal(int(rng.integers(9000, 20000))) * 0.1
@@ -42,6 +42,21 @@ def trained(tmp_path_factory, cache):
     config = configs.load("configs/pretrain/wav2vec2.py:size=tiny,smoke", overrides)
     config.unlock()
     del config.evals["picture"], config.evals["probe"]
+    return config
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, config):
+    """A workdir in which nothing is but the config."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    configs.claim_workdir(folder, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, config):
+    """The run, finished; only ever read."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     configs.claim_workdir(workdir, config)
     encoder = configs.make_task(config).encoder
     options = dict(row_divisor=4, frame_len=encoder.frame_len(), segment_align=0, workdir=None)
@@ -114,8 +129,9 @@ def test_random_weights_need_neither_checkpoint_nor_the_runs_data(workdir, cache
     assert not (workdir / "report" / "evaluate.json").exists()
 
 
-def test_best_is_the_default_and_another_step_than_the_newest(trained):
-    """What `labelling.run.open_run` makes of the flags; where both were one step, the tests above would show nothing."""
+@pytest.mark.slow
+def test_the_best_step_is_the_one_judged_best(trained):
+    """Were both one step, the tests above would show nothing."""
     [best] = (trained / "best").iterdir()
     values = {e["step"]: e["chance_accuracy"] for e in read_metrics(trained) if e["split"] == "valid"}
     assert int(best.name) == min(values, key=lambda step: values[step])
@@ -136,11 +152,18 @@ def test_best_is_the_default_and_another_step_than_the_newest(trained):
         (["--out=/nowhere/at/all.json"], "no such folder: /nowhere/at"),
     ],
 )
-def test_mistakes_are_named(workdir, arguments, message):
+def test_mistakes_are_named(begun, arguments, message):
     with pytest.raises(UserError) as caught:
-        evaluate.run([f"--workdir={workdir}", *arguments])
+        evaluate.run([f"--workdir={begun}", *arguments])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_checkpoint_and_a_real_process(begun, cache):
+    code, output = verb(f"--workdir={begun}", "--evals=abx", "--evals.abx.source=embedded:0.005", cache=cache)
+    assert code == 1
+    assert "Traceback" not in output
+    assert f"error: {begun}: no such checkpoint" in output
 
 
 def test_a_folder_that_is_no_run(tmp_path):
@@ -158,14 +181,14 @@ def test_arguments_that_do_not_exist(arguments, capsys):
     assert arguments[0].partition("=")[0] in capsys.readouterr().err
 
 
-def test_options_are_defaults_then_config_then_command_line(trained):
+def test_options_are_defaults_then_config_then_command_line(begun):
     from speechjax.labelling import run as runs
 
-    config = runs._config(str(trained), trained)
+    config = runs._config(str(begun), begun)
     config.unlock()
     config.evals.units = dict(name="units", every=7, source="embedded:0.1", clusters=40)
     chosen = evaluate.choose(config, None, ["evals.abx.source=embedded:0.2", "evals.units.layer=2"])
-    assert chosen == ["valid", "units", "abx"]
+    assert set(chosen) == {"valid", "units", "abx"}
     assert config.evals.units.to_dict() | {"max_frames": 0} == dict(
         name="units", every=1, source="embedded:0.1", layer=2, layers="one", clusters=40, max_frames=0, points=1000,
         seed=0,

@@ -1,6 +1,8 @@
 """The units evaluator: what it counts, that its halves are apart, and that its pictures show what they say."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from speechjax import config as configs
 from speechjax import metrics, sharding
 from speechjax.errors import UserError
 from speechjax.evals import _frames, units
+from speechjax.evals.picture import Picture
 from speechjax.evals.units import Units
 from speechjax.pictures import mask_picture, reconstruction_picture, unit_map, unit_spectrogram
 from speechjax.train import Job
@@ -125,7 +128,9 @@ def test_the_table_has_every_control_and_pictures_are_made(job, spoken):
         image = job.logs.pictures[name]
         assert image.dtype == np.uint8
         assert image.std() > 10
-    assert len(job.logs.pictures["units_speech.wav"]) > 16000
+    assert evaluator._shown not in evaluator._fitted
+    shown = evaluator.recordings.part[evaluator._shown]
+    assert len(job.logs.pictures["units_speech.wav"]) == evaluator.recordings.records.lengths[shown]
 
 
 def test_mistakes_are_named(job, spoken):
@@ -193,3 +198,30 @@ def test_unit_pictures_take_symbols_that_fonts_and_formulas_do_not_know():
         frames, np.arange(40) % 2, frames[:4], np.array([0, 1, 1, -1]), np.array([3, 2, 1, 0]), ["$x", "_"], "t", 0
     )
     assert shown.ndim == 3
+
+
+@pytest.mark.parametrize("kind", ["codes", "frames"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_picture_evaluator_takes_codes_or_frames_with_or_without_a_mask(kind, masked):
+    """`target` and `output` alone decide which picture it is; without "mask" nothing is marked."""
+
+    def apply(variables, batch, *, step, rngs, method):
+        B, T = batch["audio"].shape[0], 40
+        codes = jnp.broadcast_to(jnp.arange(T)[None] % 5, (B, T))
+        frames = jnp.broadcast_to(jnp.sin(jnp.arange(T, dtype=jnp.float32))[None, :, None], (B, T, 9))
+        shown = dict(target=frames, output=-frames) if kind == "frames" else dict(true=codes, predicted=codes)
+        mask = dict(mask=codes > 2) if masked else {}
+        return dict(lengths=jnp.full(B, 30, jnp.int32), **shown, **mask)
+
+    task = SimpleNamespace(apply=apply, rngs=("mask",))
+    batch = dict(audio=np.ones((4, 12800), np.int16), lengths=np.full(4, 9600, np.int32))
+    data = SimpleNamespace(valid_batches=lambda host, hosts: iter([batch]), sample_rate=16000)
+    config = SimpleNamespace(train=SimpleNamespace(seed=0))
+    job = Job(task, config, data, sharding.make_mesh(data=-1, fsdp=1), Path("."), Sheet())  # pyright: ignore
+    with jax.set_mesh(job.mesh):
+        assert Picture(job, every=1)({}, {}, 5, "picture") == {}
+    image = job.logs.pictures["picture"]
+    blue = (np.array([0.36, 0.72, 1.0]) * 255).round()
+    assert np.any(np.all(np.abs(image - blue) <= 2, axis=-1)) == masked
+    assert image.shape[0] == (520 if kind == "codes" else 760 if masked else 590)
+    assert len(job.logs.pictures["picture.wav"]) == 9600
