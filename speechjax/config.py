@@ -56,12 +56,13 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = module.get_config(arg)
     config.lock()
     for override in overrides:
-        _override(config, override)
+        override(config, override)
     check(config)
     return config
 
 
-def _override(config: ConfigDict, text: str) -> None:
+def override(config: ConfigDict, text: str) -> None:
+    """Sets `key.sub=value` of `text`, of the type the value has; UserError for an unknown key or another type."""
     dotted, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--config.{text}: write --config.{dotted}=VALUE")

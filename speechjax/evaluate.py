@@ -69,12 +69,11 @@ def run(argv: Sequence[str] | None) -> int:
     import jax
 
     from speechjax import config as configs
-    from speechjax import distributed, sharding
-    from speechjax.labelling import run as runs
+    from speechjax import distributed, runs, sharding
     from speechjax.logs import Logs, replace_file
     from speechjax.train import Job
 
-    config: Any = runs._config(str(args.workdir), args.workdir.expanduser().absolute())
+    config: Any = runs.read_config(args.workdir.expanduser().absolute())
     chosen = choose(config, args.evals, overrides)
     configs.check(config)
     distributed.init()
@@ -121,7 +120,7 @@ def choose(config: Any, evals: str | None, overrides: Sequence[str]) -> list[str
     config.evals = {name: _defaults(block["name"]) | block | {"every": 1} for name, block in blocks.items()}
     config.lock()
     for override in overrides:
-        configs._override(config, override)
+        configs.override(config, override)
     for name in sorted({*named, *(asked or ())}):
         block: Any = config.evals[name]
         if "source" in block and not block.source:
@@ -160,8 +159,7 @@ def _weights(args: argparse.Namespace, task: Any, data: Any, mesh: Any) -> tuple
     import jax
     import jax.numpy as jnp
 
-    from speechjax import sharding
-    from speechjax.labelling import run as runs
+    from speechjax import runs, sharding
     from speechjax.step import stream_keys
 
     if args.checkpoint != "none":

@@ -182,9 +182,9 @@ def test_arguments_that_do_not_exist(arguments, capsys):
 
 
 def test_options_are_defaults_then_config_then_command_line(begun):
-    from speechjax.labelling import run as runs
+    from speechjax import runs
 
-    config = runs._config(str(begun), begun)
+    config = runs.read_config(begun)
     config.unlock()
     config.evals.units = dict(name="units", every=7, source="embedded:0.1", clusters=40)
     chosen = evaluate.choose(config, None, ["evals.abx.source=embedded:0.2", "evals.units.layer=2"])

@@ -27,7 +27,7 @@ from speechjax.data.units import identities, open_units, unit_count
 from speechjax.errors import UserError
 from speechjax.labelling.codebook import load_codebook
 from speechjax.labelling.features import hidden
-from speechjax.labelling.run import open_run
+from speechjax.runs import open_run
 from speechjax.step import batch_shapes, init_state
 
 REPO = Path(__file__).resolve().parent.parent

@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from speechjax.checkpoint import Checkpoints
 from speechjax.errors import UserError
+from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State
-from speechjax.warm_start import find_checkpoint, read_collection, warm_start
+from speechjax.warm_start import warm_start
 
 
 def make_state(seed: int = 0, width: int = 3, codes: int = 5) -> State:
@@ -40,10 +41,10 @@ def run(tmp_path_factory):
 
 
 def test_reads_the_named_checkpoint_and_only_the_part_asked_for(run):
-    for source, seed in ((f"{run}", 4), (f"{run}@4", 4), (f"{run}@2", 2), (f"{run}@best", 2)):
-        params = read_collection(find_checkpoint(source))
+    for source, seed in ((f"{run}", 2), (f"{run}@4", 4), (f"{run}@2", 2), (f"{run}@best", 2), (f"{run}@newest", 4)):
+        params, _, _ = read_weights(find_checkpoint(source))
         jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, make_state(seed).params))
-    extra = read_collection(find_checkpoint(f"{run}@2"), "extra")
+    _, extra, _ = read_weights(find_checkpoint(f"{run}@2"))
     np.testing.assert_array_equal(extra["teacher"]["w"], make_state(2).extra["teacher"]["w"])
 
 
@@ -62,16 +63,16 @@ def test_the_encoder_is_taken_and_another_head_begins_anew(run, caplog):
 def test_reading_leaves_a_live_run_as_it_is(run):
     scratch = run / "checkpoints" / "6.orbax-checkpoint-tmp-1"
     scratch.mkdir()  # a save under way in another process
-    read_collection(find_checkpoint(str(run)))
+    read_weights(find_checkpoint(f"{run}@newest"))
     assert scratch.is_dir()
     scratch.rmdir()
 
 
 def test_mistakes_are_named(run, tmp_path):
     for source, message in {
-        f"{tmp_path}/none": "no run in",
-        f"{tmp_path}": "no checkpoint in",
-        f"{run}@3": "has no checkpoint '3'; there are: 2, 4, best",
+        f"{tmp_path}/none": "no such folder; name the --workdir",
+        f"{tmp_path}": "there is none yet",
+        f"{run}@3": "there are 2, 4",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             find_checkpoint(source)
@@ -92,5 +93,5 @@ def test_a_flipped_byte_is_noticed(run, tmp_path):
     first = re.search(r'"digest": \[\d+, (\d+)', text)  # of the first parameter
     assert first
     meta.write_text(text.replace(first[1], str(int(first[1]) ^ 1)))
-    with pytest.raises(UserError, match="is damaged"):
-        read_collection(find_checkpoint(str(tmp_path)))
+    with pytest.raises(UserError, match="digest does not match"):
+        read_weights(find_checkpoint(str(tmp_path)))

@@ -18,8 +18,8 @@ from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.pipeline import batch_spec
 from speechjax.data.plan import Shape
 from speechjax.errors import UserError
-from speechjax.labelling.run import open_run
 from speechjax.labelling.windows import LONGEST
+from speechjax.runs import open_run
 
 log = logging.getLogger("speechjax")
 
@@ -73,7 +73,7 @@ def mfcc() -> Features:
 
 
 def hidden(which: str, layer: int, mesh: jax.sharding.Mesh) -> Features:
-    """Hidden state `layer` of a trained encoder, by `run.open_run`: 0 the layers' input, n the output of the n-th.
+    """Hidden state `layer` of a trained encoder, by `runs.open_run`: 0 the layers' input, n the output of the n-th.
 
     With pre-norm encoders that is the residual stream, not yet normalised.  Raises UserError for a run or a checkpoint
     that is not there, and for a layer that it does not have.

@@ -1,4 +1,4 @@
-"""A trained task, read from the workdir of its run without touching it."""
+"""What other commands read of a run: its config and its weights, without touching a folder that may be in use."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -34,19 +35,36 @@ def open_run(which: str, place: jax.sharding.Sharding) -> Run:
     Without @ it is the best checkpoint, or the newest where none was judged yet.  Raises UserError where the run, its
     config or the checkpoint cannot be read.
     """
+    directory = find_checkpoint(which)
+    workdir = directory.parent.parent
+    config = read_config(workdir)
+    params, extra, sha = read_weights(directory, place)
+    variables = {"params": params, **extra}
+    return Run(workdir, directory, int(directory.name), config, configs.make_task(config), variables, sha)
+
+
+def find_checkpoint(which: str) -> Path:
+    """The folder of the checkpoint that `which` names, see `open_run`; UserError where there is none."""
     folder, at, name = which.rpartition("@")
     named = bool(at) and (name.isdecimal() or name in ("best", "newest"))
-    workdir = Path(folder if named else which).expanduser().absolute()
-    config = _config(which, workdir)
-    directory = _directory(which, workdir, name if named else "")
-    variables, digest = _restore(directory, place)
-    return Run(workdir, directory, int(directory.name), config, configs.make_task(config), variables, digest)
+    workdir, name = Path(folder if named else which).expanduser().absolute(), name if named else ""
+    if not workdir.is_dir():
+        raise UserError(f"{which}: no such folder; name the --workdir of a run, perhaps with @STEP, @best or @newest")
+    found = {room: _steps(workdir / room) for room in ("best", "checkpoints")}
+    for room, steps in found.items():
+        wanted = steps if name in ("", "best" if room == "best" else "newest") else [s for s in steps if str(s) == name]
+        if wanted:
+            return workdir / room / str(wanted[-1])
+    there = sorted({*found["best"], *found["checkpoints"]})
+    known = f"there are {', '.join(map(str, there))}" if there else "there is none yet"
+    raise UserError(f"{which}: no such checkpoint in {workdir}; {known}")
 
 
-def _config(which: str, workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run; UserError where there is none."""
     file = workdir / "config.json"
     if not file.is_file():
-        raise UserError(f"{which}: not the workdir of a run, there is no {file}")
+        raise UserError(f"{workdir}: not the workdir of a run, there is no config.json")
     try:
         return ConfigDict(_tuples(json.loads(file.read_text(encoding="utf-8"))))
     except (ValueError, TypeError, AttributeError) as error:
@@ -60,18 +78,6 @@ def _tuples(tree: Any) -> Any:
     return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
-def _directory(which: str, workdir: Path, name: str) -> Path:
-    """The folder of the checkpoint meant."""
-    found = {room: _steps(workdir / room) for room in ("best", "checkpoints")}
-    for room, steps in found.items():
-        wanted = steps if name in ("", "best" if room == "best" else "newest") else [s for s in steps if str(s) == name]
-        if wanted:
-            return workdir / room / str(wanted[-1])
-    there = sorted({*found["best"], *found["checkpoints"]})
-    known = f"there are {', '.join(map(str, there))}" if there else "there is none yet"
-    raise UserError(f"{which}: no such checkpoint in {workdir}; {known}")
-
-
 def _steps(folder: Path) -> list[int]:
     """Steps of finished checkpoints; what is being written, or was set aside, has other names."""
     if not folder.is_dir():
@@ -79,8 +85,8 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def _restore(directory: Path, place: jax.sharding.Sharding) -> tuple[dict[str, Any], str]:
-    """Params and extra of a checkpoint as variables, checked, and a digest of them; the optimizer's state stays there.
+def read_weights(directory: Path, place: jax.sharding.Sharding | None = None) -> tuple[Any, Any, str]:
+    """(params, extra, digest of both) of a checkpoint, checked, at `place` or on the host; no optimizer state is read.
 
     Not by `Checkpoints`, which tidies the folder of a run that may still be going on.
     """
@@ -96,9 +102,10 @@ def _restore(directory: Path, place: jax.sharding.Sharding) -> tuple[dict[str, A
             saved = reader.metadata(directory / "state").item_metadata.tree
             wanted = {name: saved[name] for name in ("params", "extra")}
             like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), wanted)
-            args = ocp.args.PyTreeRestore(
-                item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
-            )
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            if place:
+                how = ocp.checkpoint_utils.construct_restore_args(like)
+            args = ocp.args.PyTreeRestore(item=like, restore_args=how, partial_restore=True)
             state = reader.restore(directory / "state", args=args)
         sizes = {name: len(jax.tree.leaves(saved[name])) for name in ("step", "params", "opt_state")}
         digests = {name: checkpoint.digest(state[name]) for name in ("params", "extra")}
@@ -115,4 +122,4 @@ def _restore(directory: Path, place: jax.sharding.Sharding) -> tuple[dict[str, A
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"checkpoint {directory} cannot be read ({reason}); name another, e.g. RUNDIR@STEP") from error
     sha = hashlib.sha256(json.dumps(digests, sort_keys=True).encode())
-    return {"params": state["params"], **state["extra"]}, sha.hexdigest()
+    return state["params"], state["extra"], sha.hexdigest()
