@@ -180,7 +180,9 @@ class Hubert(Task):
                     f"all frames get the same few of {true:.0f} units in use (perplexity {guessed:.1f}): the encoder's "
                     "output has collapsed; lower optim.learning_rate or lengthen optim.warmup"
                 )
-            if metrics[name] > 0.98 * metrics[f"chance_{name}"]:
+            # Both: a small batch has an entropy below its corpus', so the loss alone would ask too much.
+            no_better = metrics[f"accuracy{tail}"] < 1.1 * metrics[f"chance_accuracy{tail}"]
+            if no_better and metrics[name] > 0.98 * metrics[f"chance_{name}"]:
                 alarms["stuck_at_chance"] = (
                     f"{name} loss {metrics[name]:.3f} is no better than a constant guess, "
                     f"{metrics[f'chance_{name}']:.3f}: check that config.data.units belong to this audio and that "

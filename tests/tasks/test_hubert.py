@@ -404,5 +404,7 @@ def test_labels_that_cannot_teach_raise_alarms(model):
 def test_only_unmasked_training_has_its_own_alarms():
     task = make_task(masked_weight=0.0, unmasked_weight=1.0)
     values = dict(labelled_share=1.0, target_perplexity_unmasked=5.0, prediction_perplexity_unmasked=1.0)
-    bad = values | dict(unmasked=1.7, chance_unmasked=1.7)
+    bad = values | dict(unmasked=1.7, chance_unmasked=1.7, accuracy_unmasked=0.3, chance_accuracy_unmasked=0.3)
     assert set(task.health(bad, 2000)) == {"constant_prediction", "stuck_at_chance"}
+    # Answers that are right more often than a constant one have been learnt, whatever the loss.
+    assert set(task.health(bad | dict(accuracy_unmasked=0.4), 2000)) == {"constant_prediction"}
