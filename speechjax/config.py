@@ -55,8 +55,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module_spec.loader.exec_module(module)
     config = module.get_config(arg)
     config.lock()
-    for override in overrides:
-        override(config, override)
+    for text in overrides:
+        override(config, text)
     check(config)
     return config
 

@@ -95,8 +95,11 @@ def nest() -> dict:
 
 
 def tiny() -> dict:
-    """3.6 M parameters, float32."""
-    config = ConfigDict(paper() | dict(model=presets.spectral("tiny", factor=2)))
+    """3.8 M parameters, float32."""
+    config = ConfigDict(paper() | dict(model=presets.spectral("tiny", factor=2, subsample="conv")))
+    # Stacked frames would go straight into the encoder's layer norm, which lifts the noise of masked frames to the
+    # level of speech: after 900 updates of a smaller model the loss was 3.01 so, 2.86 with convolutions (chance 3.04).
+    config.update(dict(model=dict(frontend=dict(conv_channels=16, embedding=256))))
     # Of 400 ms and of 0.01, as published, most short words would have none.
     config.update(dict(task=dict(codes=512, mask_prob=0.03, mask_span=20)) | presets.tiny())
     config.update(dict(optim=dict(decay="linear")))
@@ -114,9 +117,8 @@ def streaming() -> dict:
 def smoke(size: str) -> dict:
     """Two steps of a miniature with the same wiring."""
     config = ConfigDict(presets.smoke())
-    config.update(dict(task=dict(codes=16, code_dim=4), model=dict(frontend=dict(n_mels=20))))
+    front = dict(n_mels=20, conv_channels=4, embedding=16)
+    config.update(dict(task=dict(codes=16, code_dim=4), model=dict(frontend=front)))
     if size == "tiny":
         config.update(dict(model=dict(positions=dict(kernel=16, groups=4))))
-    else:
-        config.update(dict(model=dict(frontend=dict(conv_channels=4, embedding=16))))
     return config.to_dict()

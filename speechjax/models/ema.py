@@ -42,12 +42,17 @@ def ema(teacher: Any, student: Any, rate: jax.Array) -> Any:
 
 
 def tracked(transformer: Mapping[str, Any], *, positions: bool) -> dict[str, Any]:
-    """The part of a transformer's parameters that has a teacher of its own, as float32 copies.
+    """The part of a transformer's parameters that has a teacher of its own, in float32.
 
     Without `positions` the convolutions that encode them are the student's (data2vec, DinoSR, SpidR).
     """
     part = {k: v for k, v in transformer.items() if positions or k != "positions"}
     return jax.tree.map(lambda x: x.astype(jnp.float32), part)
+
+
+def new_teacher(transformer: Mapping[str, Any], *, positions: bool) -> dict[str, Any]:
+    """`tracked` as copies: outside jit the student's own arrays would be donated to the next step twice."""
+    return jax.tree.map(lambda x: x.copy(), tracked(transformer, positions=positions))
 
 
 def teacher_layers(

@@ -84,9 +84,9 @@ def revive(book: Codebook, key: jax.Array, share: float) -> Codebook:
     most_used = jnp.argsort(-counts)
     donor = most_used[jnp.maximum(jnp.cumsum(dead.astype(jnp.int32)) - 1, 0)]
     dead = dead & ~dead[donor]  # where more than half are dead, the rest waits
-    # One donor to a dead code, so nothing is written twice; those that are not dead write nowhere.
-    halved = counts.at[jnp.where(dead, donor, V)].multiply(0.5, mode="drop")
-    counts = jnp.where(dead, halved[donor], halved)
+    # One donor to a dead code, so nothing is halved twice; those that are not dead write nowhere.
+    halved = {k: x.at[jnp.where(dead, donor, V)].multiply(0.5, mode="drop") for k, x in book.items()}
     spread = jnp.sqrt(jnp.mean(jnp.square(words)))
-    words = jnp.where(dead[:, None], words[donor] + 0.01 * spread * jax.random.normal(key, words.shape), words)
-    return dict(sums=words * counts[:, None], counts=counts)
+    beside = words[donor] + 0.01 * spread * jax.random.normal(key, words.shape)
+    counts = jnp.where(dead, halved["counts"][donor], halved["counts"])
+    return dict(sums=jnp.where(dead[:, None], beside * counts[:, None], halved["sums"]), counts=counts)

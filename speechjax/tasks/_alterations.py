@@ -32,8 +32,8 @@ class Mockingjay:
     prob    share of the frames in runs (see `span_mask`; overlaps make it a little less)
     span    frames in a run
     zero    probability that all runs of an utterance become zero
-    random  that each of their frames becomes another one of the utterance; else they stay as they are, and are judged
-            all the same
+    random  that each of their frames becomes any one of the utterance (the published code: each run another run); else
+            they stay as they are, and are judged all the same
     """
 
     prob: float = 0.15
@@ -103,10 +103,10 @@ class Tera(Mockingjay):
 
 @dataclass(frozen=True)
 class Patches:
-    """Audio-MAE (Huang et al. 2022, arXiv 2207.06405, section 3): patches hidden from the encoder, and who restores them.
+    """Audio-MAE (Huang et al. 2022, arXiv 2207.06405, section 3): what the encoder does not see, and who restores it.
 
-    share                        of the patches that is hidden, at random
-    layers, width, heads, mlp    of the transformer that restores them
+    share                      of the patches that is hidden, at random
+    layers, width, heads, mlp  of the transformer that restores them
     """
 
     share: float = 0.8

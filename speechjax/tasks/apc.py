@@ -1,4 +1,4 @@
-"""Autoregressive predictive coding (Chung et al. 2019, arXiv 1904.03240): the frame some way ahead, from the past alone.
+"""Autoregressive predictive coding (Chung et al. 2019, arXiv 1904.03240): a frame ahead, from the past alone.
 
 Shapes: B batch, N frames of 10 ms, F features of one, k frames stacked, T = N // k, C = k F, D width, V codes,
 P = 8 F + 1 inputs of the linear control.
@@ -207,7 +207,7 @@ def last_frames(x: jax.Array, factor: int) -> jax.Array:
 
     Before the utterance there are zeros.
     """
-    B, N, _ = x.shape
+    N = x.shape[1]
     padded = jnp.pad(x, ((0, 0), (PAST - 1, 0), (0, 0)))
     past = jnp.concatenate([padded[:, i : i + N] for i in range(PAST)], axis=2)
     past = past[:, factor - 1 :: factor][:, : N // factor]

@@ -28,6 +28,7 @@ class BestRQ(Task):
     `subsampling()` frames of the clean input side by side, are its codes in `codebooks` frozen random quantizers (one
     as published; USM, arXiv 2303.01037, has 16); the loss is the mean of their cross-entropies.  It is taken where at
     least the share `masked_share_needed` of the frames stacked is masked, and divided by the global number of those.
+    Front ends want subsample="conv", as published: the layer norm after "stack" makes the noise as loud as speech.
 
     NEST (arXiv 2408.13106) mixes into a row, with probability `mixing`, part of another one, or with probability
     `mixing_noise` of generated pink noise (its own are recordings); the targets stay those of the clean row.  Only

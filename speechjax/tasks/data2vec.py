@@ -17,6 +17,7 @@ from speechjax.models.ema import (
     ema_rate,
     instance_norm,
     mean_deviation,
+    new_teacher,
     teacher_layers,
     time_variation,
     tracked,
@@ -92,8 +93,8 @@ class Data2Vec(Task):
         """Outputs and targets of all frames, float32 [B, T, D], and what else metrics and pictures are made of."""
         features, lengths = self.encoder.extract(batch)
         T, segments = features.shape[1], segments_of(batch)
-        variation = time_variation(features, lengths, segments)
         features = self.encoder.feature_norm(features)
+        variation = time_variation(self.encoder.projection(features), lengths, segments)
         mask = span_mask(self.make_rng("mask"), lengths, T, prob=self.mask_prob, span=self.mask_span)
         frames = self.encoder.contextualize(features, lengths, mask=mask, train=train).frames
         return dict(
@@ -110,6 +111,11 @@ class Data2Vec(Task):
         teacher = self.variable("teacher", "transformer", lambda: tracked(student, positions=self.own_positions))
         layers = teacher_layers(self.encoder, teacher.value, features, lengths)[-self.target_layers :]
         return sum(instance_norm(x, lengths, segments) for x in layers) / len(layers)
+
+    def start(self, params: Any, extra: Any) -> tuple[Any, Any]:
+        """The teacher is a copy of the student that the run begins with, be it another run's."""
+        teacher = new_teacher(params["encoder"]["transformer"], positions=self.own_positions)
+        return params, {**extra, "teacher": {"transformer": teacher}}
 
     def after_step(self, params: Any, extra: Any, sums: Any, step: jax.Array) -> Any:
         """The teacher follows the updated student."""
@@ -154,7 +160,7 @@ def front_end_alarm(metrics: Mapping[str, float]) -> dict[str, str]:
     if not metrics["feature_variation"] < 0.01:
         return {}
     return dict(
-        front_end_collapse=f"only {metrics['feature_variation']:.2%} of the front end's energy varies within an "
-        "utterance: it has become constant, while the targets are normalised and look fine; lower "
-        "optim.learning_rate, lengthen optim.warmup, and begin again"
+        front_end_collapse=f"only {metrics['feature_variation']:.2%} of what teacher and student see varies within "
+        "an utterance: front end or projection have become constant, while the targets are normalised and look fine; "
+        "lower optim.learning_rate, lengthen optim.warmup or freeze them (optim.freeze), and begin again"
     )

@@ -56,11 +56,12 @@ class Data2Vec2(Data2Vec):
             raise UserError("config.task.name=data2vec2 cannot encode packed rows: set data.fill=False")
         features, lengths = self.encoder.extract(batch)
         T = features.shape[1]
-        variation = time_variation(features, lengths)
         features = self.encoder.feature_norm(features)
         if self.is_initializing():
             self.encoder.contextualize(features, lengths, train=False)  # draws the parameters used below
-        x = self.encoder.input_drop(self.encoder.projection(features), deterministic=not train)
+        x = self.encoder.projection(features)
+        variation = time_variation(x, lengths)
+        x = self.encoder.input_drop(x, deterministic=not train)
 
         rows = lambda x: jnp.repeat(x, self.masks, axis=0)  # noqa: E731
         lengths_R = rows(lengths)

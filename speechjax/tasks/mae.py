@@ -187,9 +187,7 @@ class PatchDecoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, frames: jax.Array, visible: jax.Array, lengths: jax.Array, rows: int, out: int
-    ) -> jax.Array:
+    def __call__(self, frames: jax.Array, visible: jax.Array, lengths: jax.Array, rows: int, out: int) -> jax.Array:
         how, T = self.how, visible.shape[1]
         init = fan_in_uniform(frames.shape[-1])
         x = nn.Dense(how.width, dtype=self.dtype, kernel_init=init, bias_init=init, name="project")(frames)
@@ -216,7 +214,7 @@ def check_unordered(encoder: Any) -> None:
         or attention.get("chunk", 0)
     ):
         raise UserError(
-            "config.model orders frames by their number, which visible patches do not have: set block.name=transformer, "
+            "config.model orders frames by their number, which visible patches lack: set block.name=transformer, "
             "positions.name=none, attention.positions=none and attention.chunk=0 (patches carry positions of their own)"
         )
 

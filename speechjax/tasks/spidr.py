@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from speechjax.errors import UserError
-from speechjax.models.ema import ema, ema_rate, instance_norm, teacher_layers, time_variation, tracked
+from speechjax.models.ema import ema, ema_rate, instance_norm, new_teacher, teacher_layers, time_variation, tracked
 from speechjax.models.layers import fan_in_uniform, frame_mask
 from speechjax.models.masking import span_mask
 from speechjax.models.online_codebook import assigned_sums, follow, nearest, new_codebook
@@ -67,8 +67,8 @@ class SpidR(Task):
 
     def __call__(self, batch: dict[str, jax.Array], *, step: jax.Array, train: bool) -> tuple[Sums, Sums]:
         features, lengths, segments = self._features(batch)
-        variation = time_variation(features, lengths, segments)
         features = self.encoder.feature_norm(features)
+        variation = time_variation(self.encoder.projection(features), lengths, segments)
         mask = self._mask(features, lengths)
         weight = mask.astype(jnp.float32)
         n, K = jnp.sum(weight), self.codebooks
@@ -147,6 +147,11 @@ class SpidR(Task):
         layers = teacher_layers(self.encoder, teacher.value, features, lengths)[-self.codebooks :]
         layers = [instance_norm(x, lengths, segments) for x in layers]
         return layers, [nearest(books, k, x) for k, x in enumerate(layers)]
+
+    def start(self, params: Any, extra: Any) -> tuple[Any, Any]:
+        """The teacher is a copy of the student that the run begins with, be it another run's."""
+        teacher = new_teacher(params["encoder"]["transformer"], positions=False)
+        return params, {**extra, "teacher": {"transformer": teacher}}
 
     def after_step(self, params: Any, extra: Any, sums: Any, step: jax.Array) -> Any:
         """The codebooks follow the batch, the teacher the updated student."""

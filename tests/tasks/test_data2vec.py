@@ -181,7 +181,10 @@ def test_teacher_follows_after_the_update(model):
     batch = {k: jnp.asarray(v) for k, v in make_batch().items()}
     state = jax.jit(lambda: init_state(task, tx, 0, batch))()
     assert set(state.extra) == {"teacher"}
-    step = jax.jit(functools.partial(train_step, task, tx, 0, 100))
+    # As where a run continues another's parameters: the teacher is theirs too, and no array is donated twice.
+    params, extra = task.start(jax.tree.map(lambda x: 1.1 * x, state.params), state.extra)
+    state = state.replace(params=params, extra=extra)
+    step = jax.jit(functools.partial(train_step, task, tx, 0, 100), donate_argnums=0)
     path = ("layer1", "mlp_up", "kernel")
 
     def leaf(tree):
@@ -281,14 +284,17 @@ def test_a_student_that_says_the_same_of_all_frames():
 
 
 def test_a_front_end_that_became_constant_while_the_targets_look_fine(model):
-    """fairseq issue 5239: a thousandth of the variation is left, instance norm blows it up, no other alarm rings."""
+    """fairseq issue 5239: a thousandth of the energy varies, instance norm blows it up, and no other alarm rings."""
     task, variables = model
+    for i in range(3):  # as large as after training: fresh outputs are near the epsilon of the norm
+        for name in ("mlp_up", "mlp_down"):
+            variables = replaced(variables, f"teacher/transformer/layer{i}/{name}/kernel", lambda x: 10 * x)
     path = "params/encoder/front/norm2"
-    variables = replaced(variables, f"{path}/scale", lambda x: 1e-3 * x)
+    variables = replaced(variables, f"{path}/scale", lambda x: 0.03 * x)
     variables = replaced(variables, f"{path}/bias", lambda x: jnp.linspace(-1, 2, x.size))
     found = alarms(task, variables)
     assert "optim.warmup" in found["front_end_collapse"]
-    assert "target_collapse" not in found
+    assert not {"target_collapse", "prediction_collapse"} & set(found)
 
 
 # ------------------------------------------------------------------------------------------- settings

@@ -218,6 +218,8 @@ def test_one_update_after_another():
     batch = {k: jnp.asarray(v) for k, v in make_batch().items()}
     state = jax.jit(lambda: init_state(task, tx, 0, batch))()
     assert set(state.extra) == {"teacher", "codebook"}
+    params, extra = task.start(jax.tree.map(lambda x: 1.1 * x, state.params), state.extra)  # of another run
+    state = state.replace(params=params, extra=extra)
     step = jax.jit(functools.partial(train_step, task, tx, 0, 100))
     leaf = lambda tree: np.asarray(tree["layer1"]["mlp_up"]["kernel"], np.float64)  # noqa: E731
     teacher = leaf(state.extra["teacher"]["transformer"])
@@ -315,6 +317,9 @@ def test_a_student_with_one_answer(model):
 
 def test_a_front_end_that_became_constant_while_the_labels_look_fine(model):
     task, variables = model
+    for i in range(3):  # as large as after training: fresh outputs are near the epsilon of the norm
+        for name in ("mlp_up", "mlp_down"):
+            variables = replaced(variables, f"teacher/transformer/layer{i}/{name}/kernel", lambda x: 10 * x)
     path = "params/encoder/front/norm2"
     variables = replaced(variables, f"{path}/scale", lambda x: 0.03 * x)
     variables = replaced(variables, f"{path}/bias", lambda x: jnp.linspace(-1, 2, x.size))

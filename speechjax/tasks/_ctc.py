@@ -1,0 +1,85 @@
+"""Connectionist temporal classification (Graves et al. 2006): transcripts without times, and what goes wrong with them.
+
+Shapes: B batch, T frames, V symbols (the blank is one), U tokens.  Everywhere: `logits` [B, T, V] with `lengths` int32
+[B] valid frames, `tokens` int32 [B, U] of which the first `token_lengths` [B] are the transcript.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from speechjax.models.layers import frame_mask
+
+BLANK = 0  # <pad> of every vocabulary (speechjax.data.text)
+
+
+def fits(lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array) -> jax.Array:
+    """bool [B]: there is a transcript, and the row has a frame for each token and for a blank between equal ones."""
+    inside = frame_mask(token_lengths, tokens.shape[1])[:, 1:]
+    repeats = jnp.sum((tokens[:, 1:] == tokens[:, :-1]) & inside, axis=1)
+    return (token_lengths > 0) & (lengths >= token_lengths + repeats)
+
+
+def ctc_loss(logits: jax.Array, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each transcript in nats, float32 [B]; 0, also in its gradient, where it does not fit.
+
+    float32 whatever `logits` are: in 16 bits the sums over paths lose short tokens.
+    """
+    keep = fits(lengths, tokens, token_lengths)
+    # Rows that do not fit pass as empty transcripts: impossible ones have finite losses too, around 1e5, but not 0.
+    label_paddings = 1 - (frame_mask(token_lengths, tokens.shape[1]) & keep[:, None]).astype(jnp.float32)
+    paddings = 1 - frame_mask(lengths, logits.shape[1]).astype(jnp.float32)
+    with jax.default_matmul_precision("float32"):  # optax picks the log-probabilities by a product with one-hots
+        loss = optax.ctc_loss(logits.astype(jnp.float32), paddings, tokens, label_paddings, blank_id=BLANK)
+    return jnp.where(keep, loss, 0)
+
+
+def constant_loss(
+    symbols: int, frames: int, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array
+) -> jax.Array:
+    """`ctc_loss` [B] of who says the same of every frame: blank, or a token as often as this batch has it."""
+    keep = fits(lengths, tokens, token_lengths)
+    inside = frame_mask(token_lengths, tokens.shape[1]) & keep[:, None]
+    spoken = jnp.sum(jax.nn.one_hot(jnp.where(inside, tokens, -1), symbols), axis=(0, 1))
+    blanks = jnp.sum(jnp.where(keep, lengths - token_lengths, 0)).astype(jnp.float32)
+    share = (spoken.at[BLANK].add(blanks)) / jnp.maximum(jnp.sum(spoken) + blanks, 1)
+    constant = jnp.log(jnp.maximum(share, jnp.finfo(jnp.float32).tiny))
+    return ctc_loss(jnp.broadcast_to(constant, (len(lengths), frames, symbols)), lengths, tokens, token_lengths)
+
+
+def alignment(logits: jax.Array, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array) -> jax.Array:
+    """The symbol of every frame that is likeliest once the transcript is known: int32 [B, T], -1 for none.
+
+    What the model says of a frame, less the gradient of the loss, is the share of the transcript's paths through each
+    symbol (Graves et al. 2006, section 4.2).  None: padding, and rows whose transcript does not fit.
+    """
+    logits = logits.astype(jnp.float32)
+    gradient = jax.grad(lambda x: jnp.sum(ctc_loss(x, lengths, tokens, token_lengths)))(logits)
+    likeliest = jnp.argmax(jax.nn.softmax(logits) - gradient, axis=2).astype(jnp.int32)
+    known = frame_mask(lengths, logits.shape[1]) & fits(lengths, tokens, token_lengths)[:, None]
+    return jnp.where(known, likeliest, -1)
+
+
+def greedy_errors(logits: jax.Array, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array) -> jax.Array:
+    """Substitutions, insertions and deletions from the transcript to the best path, int32 [B].
+
+    Best path: the likeliest symbol of every frame, repeats merged, blanks left out.
+    """
+    best = jnp.argmax(logits, axis=2).astype(tokens.dtype)
+    before = jnp.pad(best, ((0, 0), (1, 0)), constant_values=BLANK)[:, :-1]
+    emits = frame_mask(lengths, logits.shape[1]) & (best != BLANK) & (best != before)
+    column = jnp.arange(tokens.shape[1] + 1, dtype=jnp.int32)[None]
+
+    def read(row, frame):
+        """One more symbol: row[b, u] is the distance to the first u tokens, as in Wagner and Fischer 1974."""
+        symbol, emitted = frame
+        replaced = row[:, :-1] + (tokens != symbol[:, None]).astype(jnp.int32)
+        found = jnp.concatenate([row[:, :1] + 1, jnp.minimum(row[:, 1:] + 1, replaced)], axis=1)
+        # A missing token costs 1 from the column before: a running minimum, once the slope is out.
+        found = lax.cummin(found - column, axis=1) + column
+        return jnp.where(emitted[:, None], found, row), None
+
+    start = jnp.broadcast_to(column, (len(lengths), column.shape[1]))
+    rows, _ = lax.scan(read, start, (best.T, emits.T))
+    return jnp.take_along_axis(rows, token_lengths[:, None], axis=1)[:, 0]
