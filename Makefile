@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev
 
-.PHONY: quickstart test quick lint clean
+.PHONY: quickstart compare test quick lint clean
 
 # A stamp newer than what it was made from means the environment is whole; an interrupted install leaves none.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -16,6 +16,11 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m speechjax.main --config=configs/pretrain/wav2vec2.py:size=tiny --workdir=runs/quickstart \
 	    --config.data.source=embedded --config.data.shapes=1 --config.train.steps=360 --config.train.eval_every=120 \
 	    --config.optim.warmup=120 --config.task.gumbel_start=1.0
+
+# Every objective on the same speech, one table: make compare ARGS='--source=folder:/data/speech --hours=4'
+ARGS ?= --source=embedded:2 --hours=2
+compare: $(VENV)/.installed
+	$(BIN)/python -m speechjax.compare --out=runs/compare $(ARGS)
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

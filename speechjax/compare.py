@@ -43,7 +43,7 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "wav2vec2": Experiment("wav2vec2"),
+    "wav2vec2": Experiment("wav2vec2", overrides=("data.batch_seconds=16.0", "data.row_multiple=4")),
     "hubert_1": Experiment("hubert", "size=tiny,iteration=1", units="mfcc"),
     "hubert_2": Experiment("hubert", "size=tiny,iteration=2", units="hubert_1:3"),
     "wavlm": Experiment("wavlm", units="hubert_1:3"),
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s)")  # fmt: skip
     add("--only", default=",".join(EXPERIMENTS), metavar="NAMES", help="of the experiments (default: all)")
     add("--set", action="append", default=[], metavar="NAME:KEY=VALUE", help="overrides a value of one experiment's "
-        "config, or of all with NAME *; may be repeated")  # fmt: skip
+        "config (KEY arg: what follows the colon of its file), or of all with NAME *; may be repeated")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--configs", type=Path, default=Path("configs/pretrain"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -120,8 +120,10 @@ def _train(name: str, workdir: Path, args: argparse.Namespace) -> None:
     if (workdir / "trained.json").exists():
         return
     experiment = EXPERIMENTS[name]
-    spec = f"{args.configs / experiment.config}.py:{experiment.arg}"
-    overrides = [*experiment.overrides, *(t.partition(":")[2] for t in args.set if t.split(":")[0] in (name, "*"))]
+    given = [text.partition(":")[2] for text in args.set if text.partition(":")[0] in (name, "*")]
+    arg = next((text.removeprefix("arg=") for text in given if text.startswith("arg=")), experiment.arg)
+    spec = f"{args.configs / experiment.config}.py:{arg}"
+    overrides = [*experiment.overrides, *(text for text in given if not text.startswith("arg="))]
     config: Any = configs.load(spec, overrides)
     steps = max(1, round(args.hours * 3600 / config.data.batch_seconds))
     overrides += [
