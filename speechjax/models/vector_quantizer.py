@@ -14,6 +14,7 @@ from jax import lax
 from speechjax.audio.waveform import EXACT
 
 Codebook = dict[str, jax.Array]
+FIRST_COUNT = 0.01  # so that its first vectors decide where a code is, and codes without any soon die out
 SMOOTHING = 1e-5  # Laplace's, of the counts: an unused code is divided by something
 
 
@@ -39,10 +40,10 @@ class VectorQuantizer(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array, valid: jax.Array) -> Assigned:
         V, C = self.codes, z.shape[-1]
-        draw = lambda: jax.random.normal(self.make_rng("params"), (V, C))  # noqa: E731
+        draw = lambda: FIRST_COUNT * jax.random.normal(self.make_rng("params"), (V, C))  # noqa: E731
         book = dict(
             sums=self.variable("codebook", "sums", draw).value,
-            counts=self.variable("codebook", "counts", jnp.ones, V).value,
+            counts=self.variable("codebook", "counts", jnp.full, V, FIRST_COUNT).value,
         )
         words_VxC = lax.stop_gradient(codewords(book))
         fixed = lax.stop_gradient(z)

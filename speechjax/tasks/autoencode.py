@@ -187,7 +187,8 @@ class Autoencode(FrameTask):
     def health(self, metrics: Mapping[str, float], step: int) -> dict[str, str]:
         """Known ways this objective fails, {alarm: message}, from one log window's metrics."""
         alarms = {}
-        if self.codes and metrics["code_perplexity"] < max(1.5, 0.02 * self.codes):
+        # The first frames are so alike that all have one code, until others are put beside it.
+        if self.codes and step >= 100 and metrics["code_perplexity"] < max(1.5, 0.02 * self.codes):
             alarms["codebook_collapse"] = (
                 f"code perplexity {metrics['code_perplexity']:.1f} of {self.codes}: nearly all frames share a code; "
                 "set task.revive_below=0.03, lower task.code_decay or optim.learning_rate"

@@ -151,7 +151,7 @@ class Distill(Task):
                 f"config.task.teacher={self.teacher!r} makes {heard.frames.shape[1]} frames of what is "
                 f"{frames.shape[1]} to the student; make config.model.frontend the teacher's"
             )
-        targets = [lax.stop_gradient(heard.hidden[i]).astype(jnp.float32) for i in self.layers]
+        targets = [heard.hidden[i].astype(jnp.float32) for i in self.layers]
         init, outputs = fan_in_uniform(self.encoder.width), []
         linear: dict[str, Any] = dict(kernel_init=init, bias_init=init, dtype=jnp.float32)
         for i in self.layers:

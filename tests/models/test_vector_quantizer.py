@@ -100,3 +100,23 @@ def test_where_most_codes_are_dead_the_dead_help_nobody():
     new = jax.tree.map(np.asarray, revive(book, jax.random.key(0), 0.1))
     np.testing.assert_allclose(sorted(new["counts"]), [0, 0, 0, 4, 4])
     assert np.isfinite(new["sums"]).all()
+
+
+def test_a_fresh_codebook_spreads_over_its_inputs():
+    """Inputs far from all codewords but one: within a hundred updates of the published decay most codes are in use."""
+    key, V = jax.random.key(0), 16
+    z, valid = 3 + 0.1 * jax.random.normal(key, (1, 200, C)), jnp.ones((1, 200), bool)
+    quantizer = VectorQuantizer(V)
+    book = quantizer.init(key, z, valid)["codebook"]
+
+    @jax.jit
+    def update(book, step):
+        out = quantizer.apply({"codebook": book}, z, valid)
+        return revive(follow(book, out.given, 0.99), jax.random.fold_in(key, step), 0.03), out.given["counts"]
+
+    used = []
+    for step in range(100):
+        book, counts = update(book, step)
+        used.append(int((counts > 0).sum()))
+    assert used[0] <= 3
+    assert used[-1] >= 12

@@ -169,6 +169,22 @@ def test_rows_add_up(begun):
     assert both == (pytest.approx(one[0] + two[0], rel=1e-5), one[1] + two[1])
 
 
+def test_packed_rows_are_as_if_alone(begun):
+    task, run, _, params, extra = begun
+    batch, align = make_batch(), task.encoder.segment_align()
+    second = -(-SAMPLES // align) * align
+    packed: dict[str, Any] = dict(
+        audio=np.concatenate([batch["audio"][0], np.zeros(second - SAMPLES, np.int16), batch["audio"][1]])[None],
+        starts=np.array([[0, second]], np.int32), lengths=LENGTHS[None, :2], mean=batch["mean"][None, :2],
+        std=batch["std"][None, :2],
+    )  # fmt: skip
+    alone, together = run(params, extra, batch)[0], run(params, extra, packed)[0]
+    for name in ("l1", "cosine"):
+        assert together[name] == (pytest.approx(alone[name][0], rel=1e-5), 41)
+    moved = packed | {"audio": packed["audio"][:, ::-1]}
+    assert abs(run(params, extra, moved)[0]["l1"][0] / alone["l1"][0] - 1) > 1e-4, "negative control: other audio"
+
+
 def test_nothing_is_learnt_from_a_teacher_that_was_never_read(begun):
     task, run, fresh, _, _ = begun
     rngs = {"params": jax.random.key(0), **streams(task)}

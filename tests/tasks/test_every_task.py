@@ -16,7 +16,11 @@ from tests.tasks.experiments import EXPERIMENTS, experiment, make_batch
 
 # Parameters that an objective has no use for, by what their paths begin with.
 UNTOUCHED_BY_LOSS: dict[str, tuple[str, ...]] = {
-    "best_rq": ("encoder/mask_embedding",),  # it masks the spectrogram
+    # These mask the spectrogram, or nothing.
+    "apc": ("encoder/mask_embedding",),
+    "autoencode": ("encoder/mask_embedding",),
+    "best_rq": ("encoder/mask_embedding",),
+    "mae": ("encoder/mask_embedding",),
     # The top layer's MLP is read before its residual sum and norm, as the teacher's is.
     "spidr": ("encoder/transformer/layer1/mlp_norm",),
 }
