@@ -31,7 +31,9 @@ def schedule(
         "linear": lambda: optax.linear_schedule(learning_rate, low, rest),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, floor),
         "exponential": lambda: optax.exponential_decay(learning_rate, rest, floor, end_value=low),
-        "inverse_sqrt": lambda: lambda t: learning_rate * jnp.sqrt(max(warmup, 1) / (t + max(warmup, 1))),
+        "inverse_sqrt": lambda: (
+            lambda t: learning_rate * jnp.sqrt(max(warmup, 1) / (jnp.maximum(t, 0) + max(warmup, 1)))
+        ),
         "constant": lambda: optax.constant_schedule(learning_rate),
     }[decay]()
     stages = [optax.linear_schedule(0.0, learning_rate, warmup), optax.constant_schedule(learning_rate), fall]

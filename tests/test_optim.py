@@ -171,8 +171,8 @@ def test_cosine_inverse_square_root_and_constant_schedules():
     base: Any = dict(learning_rate=2.0, warmup=100, steps=300)
     np.testing.assert_allclose(values(schedule(**base, decay="cosine"), 200, 300), [1.0, 0.0], atol=1e-6)
     np.testing.assert_allclose(values(schedule(**base, decay="cosine", floor=0.1), 300), [0.2], rtol=1e-6)
-    noam = values(schedule(**base, decay="inverse_sqrt"), 50, 100, 400, 10_000)
-    np.testing.assert_allclose(noam, [1.0, 2.0, 1.0, 0.2], rtol=1e-6)
+    noam = values(schedule(**base, decay="inverse_sqrt"), 0, 50, 100, 400, 10_000)
+    np.testing.assert_allclose(noam, [0.0, 1.0, 2.0, 1.0, 0.2], rtol=1e-6)
     np.testing.assert_allclose(values(schedule(**base, decay="constant"), 100, 10_000), [2.0, 2.0])
 
 

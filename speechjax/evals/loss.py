@@ -13,7 +13,7 @@ from speechjax.train import Job
 
 
 class Loss:
-    """{loss or metric: value} over every held-out example, "loss" all losses; masks are the same at every evaluation."""
+    """{loss or metric: value} over every held-out example, "loss" their sum; masks are alike at every evaluation."""
 
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every

@@ -20,6 +20,7 @@ UNTOUCHED_BY_LOSS: dict[str, tuple[str, ...]] = {
     "apc": ("encoder/mask_embedding",),
     "autoencode": ("encoder/mask_embedding",),
     "best_rq": ("encoder/mask_embedding",),
+    "distill": ("encoder/mask_embedding",),
     "mae": ("encoder/mask_embedding",),
     # The top layer's MLP is read before its residual sum and norm, as the teacher's is.
     "spidr": ("encoder/transformer/layer1/mlp_norm",),
