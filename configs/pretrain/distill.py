@@ -12,7 +12,7 @@ size=base    HuBERT Base for a teacher, of which layers 4, 8 and 12 are predicte
              its teacher and keeps most of its scores in SUPERB.  It has no layer norm before its projection; ours has
              the teacher's, so that what it takes over fits.  The paper predicts three layers; the configuration of its
              code leaves out the eighth.
-size=tiny    ours, for a CPU: two layers of tiny HuBERT, wav2vec 2.0 or data2vec, which have four.
+size=tiny    ours, for a CPU: two layers after the four of tiny HuBERT or WavLM.
 
 Arguments after the colon: size, and smoke (two steps of a miniature after a random teacher, for tests).
 """
@@ -27,9 +27,10 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
+        config.model = ConfigDict(tiny_encoder())
         config.update(tiny())
     if args["smoke"]:
-        config.update(smoke())
+        config.update(smoke(args["size"]))
     return config
 
 
@@ -52,17 +53,22 @@ def base() -> dict:
     )
 
 
+def tiny_encoder() -> dict:
+    """Two layers on tiny HuBERT's log-mel frames."""
+    return presets.spectral("tiny", subsample="conv") | dict(layers=2, input_dropout=0.0)
+
+
 def tiny() -> dict:
     """3 M parameters, float32."""
     config = presets.tiny()
     config["task"] = dict(layers=(2, 3, 4), feature_grad_scale=1.0)
-    config["model"] = presets.waveform("tiny") | dict(layers=2, input_dropout=0.0, layerdrop=0.0)
     return config
 
 
-def smoke() -> dict:
+def smoke(size: str) -> dict:
     """Two steps of a miniature with the same wiring."""
     config = presets.smoke(layers=1)
     config["task"] = dict(teacher="random:layers=2", layers=(1, 2))
-    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
+    config["model"] |= dict(positions=dict(kernel=16, groups=4))
+    config["model"]["frontend"] = dict(conv_channels=4, embedding=16) if size == "tiny" else dict(channels=(16,) * 7)
     return config

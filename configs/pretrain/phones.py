@@ -11,7 +11,7 @@ mode=ctc     from transcripts, which eSpeak NG turns into phonemes of one langua
              without a transcript teach nothing, nor do crops: config.data.crop_seconds must hold most recordings.
 
 size=base    HuBERT Base's encoder and optimizer, 100 k updates of 47 min.  Nothing is published for it.
-size=tiny    for a CPU.
+size=tiny    for a CPU, on log-mel frames.
 
 Arguments after the colon: size, mode, and smoke (two steps of a miniature, for tests).
 """
@@ -26,7 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), mode=("frames", "ctc"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.update(presets.tiny() | dict(model=presets.waveform("tiny")))
+        config.model = ConfigDict(presets.spectral("tiny", subsample="conv"))
+        config.update(presets.tiny())
     if args["mode"] == "ctc":
         config.update(ctc(args["size"]))
     if args["smoke"]:
@@ -66,5 +67,6 @@ def smoke(size: str, mode: str) -> dict:
     config["task"] = dict(mask_prob=0.5, mask_span=5)
     if mode == "ctc":
         config["data"] |= dict(crop_seconds=15.0)
-    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
+    config["model"] |= dict(positions=dict(kernel=16, groups=4))
+    config["model"]["frontend"] = dict(conv_channels=4, embedding=16) if size == "tiny" else dict(channels=(16,) * 7)
     return config

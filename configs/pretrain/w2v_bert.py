@@ -62,8 +62,8 @@ def xl() -> dict:
 
 
 def tiny() -> dict:
-    """3.7 M parameters, float32."""
-    config = ConfigDict(xl() | dict(model=presets.spectral("tiny", factor=2)))
+    """Three conformer layers, float32, on log-mel frames of 20 ms."""
+    config = ConfigDict(xl() | dict(model=presets.spectral("tiny", block="conformer", subsample="conv")))
     task = dict(contrastive_layers=2, codes=256, code_dim=128, projection=128, gumbel_decay=0.999)
     config.update(dict(task=task) | presets.tiny())
     config.update(dict(optim=dict(decay="linear")))
@@ -75,8 +75,5 @@ def smoke(size: str) -> dict:
     config = ConfigDict(presets.smoke(layers=2))
     task = dict(contrastive_layers=1, negatives=10, codes=16, code_dim=16, projection=16)
     config.update(dict(task=task, model=dict(frontend=dict(n_mels=20))))
-    if size == "tiny":
-        config.update(dict(model=dict(positions=dict(kernel=16, groups=4))))
-    else:
-        config.update(dict(model=dict(frontend=dict(conv_channels=4, embedding=16))))
+    config.update(dict(model=dict(frontend=dict(conv_channels=4, embedding=16))))
     return config.to_dict()

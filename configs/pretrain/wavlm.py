@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args["size"] == "large":
         config.update(large())
     if args["size"] == "tiny":
+        config.model = ConfigDict(tiny_encoder())
         config.update(tiny())
     if args["smoke"]:
         config.update(smoke(args["size"]))
@@ -77,11 +78,19 @@ def large() -> dict:
     )
 
 
+def tiny_encoder() -> dict:
+    """Four layers in float32 on log-mel frames of 20 ms."""
+    return presets.spectral("tiny", subsample="conv") | dict(
+        attention=dict(positions="buckets", gated=True, buckets=320, max_distance=800)
+    )
+
+
 def tiny() -> dict:
-    """4 M parameters, float32."""
+    """4 M parameters; half of the frames hidden, in spans of 100 ms: words of half a second leave something to see."""
     config = presets.tiny()
-    config["task"] = dict(codes=100, unit_hop=160, projection=128, feature_grad_scale=1.0, feature_penalty=1.0)
-    config["model"] = presets.waveform("tiny")
+    config["task"] = dict(
+        codes=100, unit_hop=160, projection=128, mask_prob=0.5, mask_span=5, feature_grad_scale=1.0, feature_penalty=0.0
+    )
     return config
 
 
@@ -89,6 +98,7 @@ def smoke(size: str) -> dict:
     """Two steps of a miniature with the same wiring, on phones in place of clusters, every row mixed."""
     config = presets.smoke(layers=dict(base=2, base_plus=2, tiny=1).get(size, 3))
     config["task"] = dict(codes=256, unit_hop=160, projection=16, mix_prob=1.0)
-    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
+    config["model"] |= dict(positions=dict(kernel=16, groups=4))
+    config["model"]["frontend"] = dict(conv_channels=4, embedding=16) if size == "tiny" else dict(channels=(16,) * 7)
     config["data"]["units"] = "phones"
     return config

@@ -16,6 +16,7 @@ from speechjax.models.masking import masked_slots, max_masked, span_mask
 from speechjax.models.quantizer import perplexity
 from speechjax.tasks._base import Sums, Task
 from speechjax.tasks._contrastive import projection, unit
+from speechjax.tasks._units import frame_units
 
 
 class Hubert(Task):
@@ -92,30 +93,11 @@ class Hubert(Task):
         positions, valid = masked_slots(mask, max_masked(T, segments=segments, **masking))
         features = self.encoder.feature_norm(features)
         frames = self.encoder.contextualize(features, lengths, mask=mask, train=train).frames
-        units = jnp.where(frame_mask(lengths, T), self._frame_units(batch, T), -1)
+        units = frame_units(self.encoder, batch, self.unit_hop, lengths, T)
         return dict(
             mask=mask, lengths=lengths, count=count, energy=energy, positions=positions, valid=valid, units=units,
             frames=frames, masked_frames=jnp.take_along_axis(frames, positions[..., None], axis=1),
         )  # fmt: skip
-
-    def _frame_units(self, batch: dict[str, jax.Array], frames: int) -> jax.Array:
-        """The unit of every frame: [B, N] of the batch -> [B, T]."""
-        hop, _ = self.encoder.frame_len()
-        samples, units = batch["audio"].shape[1], batch["units"].shape[1]
-        if units != samples // self.unit_hop:
-            raise UserError(
-                f"config.task.unit_hop={self.unit_hop}, but config.data.units has a unit about every "
-                f"{samples / max(units, 1):.0f} samples; set it to the hop of the units"
-            )
-        # Integers: a float ratio such as 1.6 rounds below its own multiples.
-        index = [t * hop // self.unit_hop for t in range(frames)]
-        if index and index[-1] >= units:
-            name = self.encoder.frontend["name"]
-            raise UserError(
-                f"config.model.frontend.name={name!r}: has several tokens at one time, but units name one frame each; "
-                "use waveform, mel or mfcc"
-            )
-        return jnp.take(batch["units"], jnp.array(index, jnp.int32), axis=1)
 
     def _logits(self, frames: jax.Array) -> jax.Array:
         """Cosines with all codes over the temperature: [B, T, D] -> float32 [B, T, V]."""

@@ -16,6 +16,7 @@ from speechjax.models.masking import span_mask
 from speechjax.models.quantizer import perplexity
 from speechjax.tasks import _ctc
 from speechjax.tasks._base import Sums, Task
+from speechjax.tasks._units import frame_units
 
 NEEDS = {"ctc": ("tokens",), "frames": ("units",)}
 
@@ -95,7 +96,7 @@ class Phones(Task):
 
     def _score_frames(self, batch, logits, lengths) -> tuple[Sums, Sums]:
         """Chance is what the best constant guess about this batch achieves."""
-        units = self._frame_units(batch, lengths, logits.shape[1])
+        units = frame_units(self.encoder, batch, self.unit_hop, lengths, logits.shape[1])
         counts = units >= 0
         n = jnp.sum(counts).astype(jnp.float32)
         some = (n > 0).astype(jnp.float32)
@@ -116,24 +117,6 @@ class Phones(Task):
         }
         return losses, metrics
 
-    def _frame_units(self, batch, lengths, frames) -> jax.Array:
-        """The unit of every frame, int32 [B, T], -1 for none."""
-        hop, _ = self.encoder.frame_len()
-        samples, units = batch["audio"].shape[1], batch["units"]
-        if units.shape[1] != samples // self.unit_hop:
-            raise UserError(
-                f"config.task.unit_hop={self.unit_hop}, but a row of {samples} samples has {units.shape[1]} units: set "
-                "it to the hop of config.data.units"
-            )
-        # In integers: a ratio of hops such as 1.6 is no float.
-        index = jnp.array([t * hop // self.unit_hop for t in range(frames)], jnp.int32)
-        if frames and (frames - 1) * hop // self.unit_hop >= units.shape[1]:
-            raise UserError(
-                f"config.model.frontend.name={self.encoder.frontend['name']!r} has several tokens at one time, and "
-                "phones name one frame each: use waveform, mel or mfcc"
-            )
-        return jnp.where(frame_mask(lengths, frames), jnp.take(units, index, axis=1), -1)
-
     def predict(self, batch: dict[str, jax.Array], *, step: jax.Array) -> dict[str, jax.Array]:
         """What a picture shows, by frame int32 [B, T]: the class, and the likeliest one; -1: none, or blank.
 
@@ -142,7 +125,7 @@ class Phones(Task):
         logits, lengths = self._logits(batch, train=False)
         predicted = jnp.argmax(logits, axis=2).astype(jnp.int32)
         if self.mode == "frames":
-            true = self._frame_units(batch, lengths, logits.shape[1])
+            true = frame_units(self.encoder, batch, self.unit_hop, lengths, logits.shape[1])
             return dict(lengths=lengths, true=true, predicted=predicted)
         true = _ctc.alignment(logits, lengths, batch["tokens"], batch["token_lengths"])
         spoken = lambda symbols: jnp.where(symbols == _ctc.BLANK, -1, symbols)  # noqa: E731

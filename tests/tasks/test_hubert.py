@@ -29,7 +29,7 @@ from tiny_hubert import (
 
 from speechjax.errors import UserError
 from speechjax.models.masking import span_mask
-from speechjax.tasks import hubert
+from speechjax.tasks import _units, hubert
 
 COUNTS = np.array([24, 17, 0])
 
@@ -162,9 +162,8 @@ def test_a_unit_beyond_the_codes_is_not_trained_on(model):
 
 
 def frame_units(task, batch, frames=FRAMES):
-    own = {"mask_embedding": jnp.zeros(task.encoder.width)}
-    params = {"code_vectors": jnp.zeros((CODES, task.projection)), "encoder": own}
-    return np.asarray(task.apply({"params": params}, batch, frames, method="_frame_units"))
+    lengths = jnp.full(batch["units"].shape[0], frames, jnp.int32)
+    return np.asarray(_units.frame_units(task.encoder, batch, task.unit_hop, lengths, frames))
 
 
 @pytest.mark.parametrize(("unit_hop", "every"), [(10, [0, 2, 4, 6, 8]), (20, [0, 1, 2, 3, 4]), (30, [0, 0, 1, 2, 2])])
