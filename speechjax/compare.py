@@ -183,12 +183,13 @@ def _call(command: Sequence[str], log_file: Path) -> int:
     with open(log_file, "ab") as out:
         process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            _, status, usage = os.wait4(process.pid, 0)  # tells the memory of this process alone
+            process.returncode = os.waitstatus_to_exitcode(status)
         except BaseException:
             process.terminate()
             process.wait()
             raise
-    if code := os.waitstatus_to_exitcode(status):
+    if code := process.returncode:
         tail = log_file.read_text(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"python -m {command[0]} ended with code {code} ({' '.join(tail)}); see {log_file}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
