@@ -9,10 +9,20 @@ import numpy as np
 from speechjax import config as configs
 
 REPO = Path(__file__).resolve().parent.parent.parent
-# Every pretraining config in its miniature; variants of one file that take another way through the code.
-EXPERIMENTS = {
-    path.stem: f"{path}:size=tiny,smoke" for path in sorted((REPO / "configs/pretrain").glob("*.py"))
-}  # fmt: skip
+# Every pretraining config in its miniature, and variants of one that take another way through the code.
+EXPERIMENTS = {path.stem: f"{path}:size=tiny,smoke" for path in sorted((REPO / "configs/pretrain").glob("*.py"))}
+EXPERIMENTS |= {
+    f"{name}-{variant}": f"{REPO}/configs/pretrain/{name}.py:{arg},smoke"
+    for name, variant, arg in (
+        ("apc", "linear", "size=linear"),
+        ("autoencode", "waveform", "size=waveform"),
+        ("best_rq", "streaming", "size=tiny,streaming"),
+        ("data2vec", "2", "size=tiny2"),
+        ("mae", "patches", "size=audio_mae"),
+        ("phones", "ctc", "size=tiny,mode=ctc"),
+        ("spidr", "waveform", "size=base"),
+    )
+}
 
 
 @functools.cache
