@@ -21,9 +21,37 @@ class Display:
 DISPLAY = {
     "loss": Display("loss {}", "Loss", ".4g"),
     "contrastive": Display("contrastive {}", "Contrastive loss", ".4g"),
+    "masked": Display("masked {}", "Loss on masked frames", ".4g"),
+    "unmasked": Display("unmasked {}", "Loss on other frames", ".4g"),
+    "frames": Display("frames {}", "Loss of the frames", ".4g"),
+    "ctc": Display("ctc {}", "CTC loss", ".4g"),
+    "prediction": Display("prediction {}", "Prediction loss", ".4g"),
+    "regression": Display("regression {}", "Regression loss", ".4g"),
+    "reconstruction": Display("reconstruction {}", "Reconstruction loss", ".4g"),
+    "classification": Display("classification {}", "Classification loss", ".4g"),
+    "cosine": Display("cosine {}", "Cosine loss", ".4g"),
+    "l1": Display("l1 {}", "L1 loss", ".4g"),
+    "diversity": Display("diversity {}", "Diversity loss"),
+    "commitment": Display("commitment {}", "Commitment loss"),
+    "feature_penalty": Display("penalty {}", "Feature penalty"),
     "accuracy": Display("acc {}", "Accuracy", ".1%"),
+    "mse": Display("mse {}", "Mean squared error"),
+    "rmse": Display("rmse {}", "Root mean squared error"),
+    "copy_error": Display("copy {}", "Copy of the last frame"),
+    "copy_rmse": Display("copy rmse {}", "Copy of the last frame"),
+    "linear_error": Display("linear {}", "Linear prediction"),
+    "linear_rmse": Display("linear rmse {}", "Linear prediction"),
+    "interpolation_error": Display("interpolation {}", "Interpolation"),
     "code_perplexity": Display("code ppl {}", "Code perplexity (hard choices)", ".1f"),
     "prob_perplexity": Display("prob ppl {}", "Code perplexity (soft choices)", ".1f"),
+    "prediction_perplexity": Display("pred ppl {}", "Perplexity of the predictions", ".1f"),
+    "target_perplexity": Display("target ppl {}", "Perplexity of the targets", ".1f"),
+    "unused_codes": Display("unused codes {}", "Share of unused codes", ".0%"),
+    "prediction_variance": Display("pred var {}", "Variance of the predictions"),
+    "target_variance": Display("target var {}", "Variance of the targets"),
+    "output_deviation": Display("output dev {}", "Deviation of the output"),
+    "target_deviation": Display("target dev {}", "Deviation of the target"),
+    "feature_variation": Display("feature var {}", "Variation of the features"),
     "grad_norm": Display("grad {}", "Gradient norm"),
     "learning_rate": Display("lr {}", "Learning rate", ".2e"),
     "skipped": Display("skipped {}", "Skipped steps (not finite)"),
@@ -31,13 +59,25 @@ DISPLAY = {
     "steps_per_second": Display("{} steps/s", "Steps per second"),
     "audio_hours_per_second": Display("{} audio-h/h", "Hours of audio per hour", ",.1f", 3600.0),
     "input_wait_share": Display("input wait {}", "Share of time waiting for input", ".0%"),
+    "score": Display("probe {}", "Accuracy of the linear probe, %", ".1f"),
+    "within": Display("abx within {}", "ABX error within speakers, %", ".1f"),
+    "across": Display("abx across {}", "ABX error across speakers, %", ".1f"),
+    "pnmi": Display("pnmi {}", "Phone information of units (PNMI)", ".3f"),
+    "dead": Display("dead units {}", "Dead units", ".0f"),
 }
+# Formats of names that are not above, by how they end.
+_ENDINGS = {
+    "_accuracy": ".1%", "_share": ".0%", "error_rate": ".1%", "_purity": ".1%", "perplexity": ".1f", "_shot": ".1f",
+}  # fmt: skip
 
 
 def display(name: str) -> Display:
     """How to show the metric `name`; names without an entry show as their own words."""
+    if name in DISPLAY:
+        return DISPLAY[name]
     words = name.replace("_", " ")
-    return DISPLAY[name] if name in DISPLAY else Display(f"{words} {{}}", words[:1].upper() + words[1:])
+    spec = next((spec for ending, spec in _ENDINGS.items() if name.endswith(ending)), ".3g")
+    return Display(f"{words} {{}}", words[:1].upper() + words[1:], spec)
 
 
 def progress_line(fields: Mapping[str, float]) -> str:

@@ -163,6 +163,7 @@ def evals() -> Block:
             pattern=r"(?P<label>[^_/]+)_(?P<speaker>[^_/]+)_[^/]*$",
             held_out=(),
             seeds=1,
+            shots=(1, 5, 20),
         ),
     )
 

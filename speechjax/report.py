@@ -2,22 +2,22 @@
 
 import collections
 import html
-import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speechjax import curves
 from speechjax.display import display
 from speechjax.logs import PICTURE_FILE, read_metrics, replace_file
 
-# Figures of related metrics; what is in none of them goes to "other".
-FIGURES = {
-    "loss": ("loss", "contrastive", "accuracy"),
-    "codebook": ("code_perplexity", "prob_perplexity", "diversity"),
-    "optimization": ("grad_norm", "learning_rate", "skipped"),
-    "speed": ("steps_per_second", "audio_hours_per_second", "input_wait_share"),
-}
+# Metrics of training and of the evaluations that stand at the top of the page, beside those with a chance level.
+TRAIN_CARDS = (
+    "loss", "error_rate", "code_perplexity", "prediction_perplexity", "prediction_variance", "unused_codes",
+    "steps_per_second", "audio_hours_per_second",
+)  # fmt: skip
+EVAL_CARDS = ("score", "within", "across", "pnmi")
 STYLE = """
 :root { color-scheme: light dark; --card: #fff; --line: #d8dce3; --ink: #16181d; --page: #f4f5f7; --quiet: #667; }
 @media (prefers-color-scheme: dark) { :root { --card: #1d2027; --line: #343945; --ink: #e7e9ee; --page: #13151a;
@@ -45,12 +45,12 @@ def write_report(workdir: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     entries = read_metrics(workdir)
     series = _series(entries)
-    curves = _draw_all(folder, series)
+    figures = curves.draw_all(folder, series)
     sections = [
-        _numbers(entries, series),
+        _numbers(entries),
         _alarms(entries),
-        *(f'<figure><img src="{name}.png" alt="{name} curves"></figure>' for name in curves),
-        _table(_read(folder / "probe.json")),
+        *(f'<figure><img src="{name}.png" alt="{name} curves"></figure>' for name in figures),
+        *_tables(folder),
         _pictures(folder),
         _rejected(workdir / "rejected.jsonl"),
         _config(workdir / "config.json"),
@@ -65,12 +65,11 @@ def write_report(workdir: Path) -> Path:
     return folder / "index.html"
 
 
-Series = dict[str, dict[str, list[tuple[int, float]]]]
-
-
-def _series(entries: list[dict[str, Any]]) -> Series:
+def _series(entries: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """{metric: {split: [(step, value), ...]}}, finite values only."""
-    series: Series = collections.defaultdict(lambda: collections.defaultdict(list))
+    series: dict[str, dict[str, list[tuple[int, float]]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
     for entry in entries:
         for name, value in entry.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -79,76 +78,37 @@ def _series(entries: list[dict[str, Any]]) -> Series:
     return series
 
 
-def _draw_all(folder: Path, series: Series) -> list[str]:
-    """One PNG a figure that has something to show; the names of those."""
-    drawn = {name for names in FIGURES.values() for name in names} | {"seconds"}
-    rest = tuple(n for n in sorted(series) if n not in drawn and not n.startswith("chance_"))
-    names = []
-    for figure, metrics in {**FIGURES, "other": rest}.items():
-        present = [m for m in metrics if m in series]
-        if present:
-            _draw(folder / f"curves_{figure}.png", present, series)
-            names.append(f"curves_{figure}")
-    return names
-
-
-def _draw(path: Path, metrics: list[str], series: Series) -> None:
-    from matplotlib.figure import Figure  # late: half a second
-
-    columns = 3
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained", facecolor="white")
-    for index, metric in enumerate(metrics):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        scale = display(metric).scale
-        for color, (split, points) in zip(("C0", "C1", "C2", "C4", "C5"), series[metric].items(), strict=False):
-            steps, values = zip(*points, strict=True)
-            values = [v * scale for v in values]
-            many = len(points) > 30
-            marker = "o" if len(points) < 3 else None
-            axes.plot(steps, values, color=color, alpha=0.25 if many else 1, marker=marker, markersize=3,
-                      label=None if many else split)  # fmt: skip
-            if many:
-                axes.plot(steps, _smooth(values), color=color, label=split)
-        chance = series.get(f"chance_{metric}", {})
-        for split, points in chance.items():
-            steps, values = zip(*points, strict=True)
-            label = "chance" if split == next(iter(chance)) else None
-            axes.plot(steps, [v * scale for v in values], color="0.4", linestyle="--", linewidth=1, label=label)
-        axes.set_title(display(metric).title, fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    replace_file(path, buffer.getvalue())
-
-
-def _smooth(values: list[float], memory: float = 0.85) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        smoothed.append(total / weight)
-    return smoothed
-
-
-def _numbers(entries: list[dict[str, Any]], series: Series) -> str:
+def _numbers(entries: list[dict[str, Any]]) -> str:
     """The newest figures at the top of the page."""
     train = [e for e in entries if e["split"] == "train"]
     if not train:
         return '<p class="card">Nothing logged yet.</p>'
     last = train[-1]
     hours = sum((e.get("audio_hours_per_second") or 0) * (e.get("seconds") or 0) for e in train)
-    cards = [("step", f"{last['step']:,}"), ("hours of audio", f"{hours:,.2f}")]
-    for name in ("loss", "contrastive", "accuracy", "code_perplexity", "steps_per_second", "audio_hours_per_second"):
+    cards = [("step", f"{last['step']:,}", ""), ("hours of audio", f"{hours:,.2f}", "")]
+    judged = [name for name in last if curves.chance_of(name, last)]
+    for name in dict.fromkeys(["loss", *judged, *TRAIN_CARDS]):
         if name in last:
-            shown = display(name).number(last[name])
-            if f"chance_{name}" in last:
-                shown += f" (chance {display(name).number(last[f'chance_{name}'])})"
-            cards.append((display(name).title, shown))
-    boxes = "".join(f'<div class="card"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>' for k, v in cards)
+            cards.append(_card(display(name).title, name, last, {curves.chance_of(name, last): "chance"}))
+    newest = {e["split"]: e for e in entries if e["split"] not in ("train", "alarm")}
+    for split, entry in newest.items():
+        for name in EVAL_CARDS:
+            if name in entry:
+                controls = {f"{name}_random": "untrained", f"{name}_mfcc": "MFCC"}
+                cards.append(_card(f"{split}: {display(name).title}", name, entry, controls))
+    boxes = "".join(
+        f'<div class="card"><b>{html.escape(value)}</b>{f"<div>{html.escape(beside)}</div>" if beside else ""}'
+        f"<span>{html.escape(name)}</span></div>"
+        for name, value, beside in cards
+    )
     return f'<div class="numbers">{boxes}</div>'
+
+
+def _card(title: str, name: str, entry: dict[str, Any], beside: Mapping[Any, str]) -> tuple[str, str, str]:
+    """(title, value, what to compare it with) of a metric, the last as far as the entry has it: {metric: word}."""
+    number = display(name).number
+    known = ", ".join(f"{word} {number(entry[other])}" for other, word in beside.items() if other in entry)
+    return title, number(entry[name]), known
 
 
 def _alarms(entries: list[dict[str, Any]]) -> str:
@@ -160,34 +120,55 @@ def _alarms(entries: list[dict[str, Any]]) -> str:
     return "".join(["<h2>Alarms</h2>", *boxes]) if boxes else ""
 
 
-def _table(table: dict[str, Any] | None) -> str:
-    if not table:
-        return ""
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in table["columns"])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table["rows"]
-    )
-    title = html.escape(table["title"])
-    return f'<h2>Probe</h2><p>{title}</p><div class="scroll card"><table><tr>{head}</tr>{body}</table></div>'
+def _tables(folder: Path) -> list[str]:
+    """Every table that `Logs.save_json` left in the folder, with its plot if it has one."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        table = _read(path)
+        if isinstance(table, dict) and {"title", "columns", "rows"} <= table.keys():
+            picture = ""
+            if table.get("plot"):
+                name = f"table_{path.stem}.png"
+                curves.draw_plot(folder / name, table["plot"])
+                alt = html.escape(str(table["title"]))
+                picture = f'<figure><img src="{html.escape(name)}" alt="{alt}"></figure>'
+            found.append(_table(path.stem, table["title"], table["columns"], table["rows"]) + picture)
+    return found
+
+
+def _table(name: str, title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    heading, title = html.escape(_words(name)), html.escape(str(title))
+    return f'<h2>{heading}</h2><p>{title}</p><div class="scroll card"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _words(name: str) -> str:
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _pictures(folder: Path) -> str:
-    found = []
+    """The pictures of each name, the newest to be seen and the others behind a click."""
+    found: dict[str, list[tuple[int, Path]]] = collections.defaultdict(list)
     for path in folder.glob("*.png"):
         match = PICTURE_FILE.fullmatch(path.name)
         if match:
-            found.append((int(match["step"]), path))
-    if not found:
-        return ""
-    figures = []
-    for step, path in sorted(found, reverse=True):
-        sound = path.with_suffix(".wav")
-        audio = f'<br><audio controls preload="none" src="{html.escape(sound.name)}"></audio>' if sound.exists() else ""
-        figures.append(
-            f'<figure><img src="{html.escape(path.name)}" alt="step {step}"><figcaption>step {step}{audio}'
-            "</figcaption></figure>"
-        )
-    return f"<h2>What it predicts</h2>{''.join(figures)}"
+            found[match["name"]].append((int(match["step"]), path))
+    groups = []
+    for name, paths in sorted(found.items()):
+        newest, *older = [_picture(step, path) for step, path in sorted(paths, reverse=True)]
+        before = f"<details><summary>{len(older)} before</summary>{''.join(older)}</details>" if older else ""
+        heading = "What it predicts" if name == "picture" else html.escape(_words(name))
+        groups.append(f"<h2>{heading}</h2>{newest}{before}")
+    return "".join(groups)
+
+
+def _picture(step: int, path: Path) -> str:
+    sound = path.with_suffix(".wav")
+    audio = f'<br><audio controls preload="none" src="{html.escape(sound.name)}"></audio>' if sound.exists() else ""
+    name = html.escape(path.name)
+    return f'<figure><img src="{name}" alt="step {step}"><figcaption>step {step}{audio}</figcaption></figure>'
 
 
 def _rejected(path: Path) -> str:

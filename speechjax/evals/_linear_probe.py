@@ -10,8 +10,7 @@ of it. Two controls, `mfcc_statistics` and `log_mel_statistics`, need no model: 
 import functools
 import itertools
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypedDict
 
@@ -20,27 +19,34 @@ import numpy as np
 
 from speechjax.audio.features import log_mel, mfcc
 from speechjax.errors import UserError
+from speechjax.evals import _logistic
 
 # Inverse penalties (scikit-learn's C), strongest penalty first: each fit starts from the one before.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # The penalty where two groups leave no third one to choose it on.
 _DEFAULT_STRENGTH = 1e-2
-# Largest gradient component of the mean loss at which a fit ends: coarse where penalties a factor of 10 apart are
-# compared, finer for the classifier that is scored. On spoken digits (D = 65, 160, 1024) 1e-6 for both chooses the
-# same penalties and moves no speaker by more than 0.4 points, the mean over speakers by 0.1.
-_COARSE, _FINE = 1e-3, 1e-4
+# Largest gradient component of the mean loss at which a fit ends, times sqrt(C): coarse where penalties a factor of 10
+# apart are compared, finer for the classifier that is scored.  Weak penalties need small gradients: a fit that is
+# stopped early is a fit with a stronger penalty, and would be taken for a good one.  On spoken digits (D = 65, 400,
+# 1280) a tenth of both chooses the same penalties (but between two as good) and moves no speaker by more than 0.4
+# points, the mean over speakers by 0.2.
+_COARSE, _FINE = 3e-5, 3e-6
 _MAX_ITERATIONS = 1000
 _BATCH_SAMPLES = 1 << 20
 
 
 class ProbeResult(TypedDict):
-    """Outcome of one probe seed: % correct per tested group and their mean, and how the classifiers came about."""
+    """Outcome of one probe seed: % correct per tested group and their mean, and how the classifiers came about.
+
+    `layers` is the accuracy of every layer by itself, with the penalty that is best for it.
+    """
 
     seed: int
     mean: float
     accuracy: dict[str, float]
     strength: dict[str, float]
     layer: dict[str, int]
+    layers: list[dict[str, float]]
     unconverged: int
 
 
@@ -59,7 +65,7 @@ def pool(frames: np.ndarray) -> np.ndarray:
 
 
 def leave_one_group_out(
-    features: np.ndarray,
+    features: np.ndarray | Sequence[np.ndarray],
     labels: Sequence[str] | np.ndarray,
     groups: Sequence[str] | np.ndarray,
     *,
@@ -69,49 +75,42 @@ def leave_one_group_out(
 ) -> ProbeResult:
     """Test each group (or those in `held_out`) with a classifier trained on all the others.
 
-    features: [N, D], or [N, L, D] of L layers; labels, groups: [N] names. `seed` draws the `train_share` of the
-    examples that may be trained on; every example of a tested group is tested. Layer and penalty (of `STRENGTHS`) of
-    each classifier are those with the best log likelihood in a second leave-one-group-out among its training groups
-    (accuracy is too coarse a criterion: it picks another penalty for every seed); with two groups in all, the last
-    layer and a fixed penalty. `unconverged` counts the scored classifiers that reached the iteration limit.
+    features: [N, D], or a list of L layers, each with a D of its own; labels, groups: [N] names. `seed` draws the
+    `train_share` of the examples that may be trained on; every example of a tested group is tested. Layer and penalty
+    (of `STRENGTHS`) of each classifier are those with the best log likelihood in a second leave-one-group-out among its
+    training groups (accuracy is too coarse a criterion: it picks another penalty for every seed). A layer's penalties
+    are weakened until the likelihood falls for every tested group; what would come after is not tried. With two groups
+    in all, it is the last layer and a fixed penalty. `unconverged` counts the scored classifiers that reached the
+    iteration limit.
 
     Raises UserError for arrays that do not match or are not finite, fewer than two groups, a group in `held_out` that
     does not exist, and a label of a tested group that the training groups lack.
     """
-    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    features, labels, groups = np.asarray(features, np.float32), np.asarray(labels, str), np.asarray(groups, str)
-    features = features[:, None] if features.ndim == 2 else features
-    tested = _tested_groups(features, labels, groups, held_out)
+    layers = [np.asarray(x, np.float32) for x in ([features] if isinstance(features, np.ndarray) else features)]
+    labels, groups = np.asarray(labels, str), np.asarray(groups, str)
+    tested = _tested_groups(layers, labels, groups, held_out)
     kept = np.zeros(len(labels), bool)
     kept[np.random.default_rng(seed).permutation(len(labels))[: round(train_share * len(labels))]] = True
     for group in tested:
         inside = groups == group
         _check_labels(group, set(labels[inside].tolist()), set(labels[kept & ~inside].tolist()))
-
-    def fit(layer, left_out, strengths, tolerance):
-        return _fit_and_score(features[:, layer], labels, groups, kept, left_out, strengths, tolerance)
-
-    layers = range(features.shape[1])
-    names = sorted(set(groups.tolist()))
-    # Leaving out a and b scores b when choosing for a, and a when choosing for b: one fit serves both.
-    pairs = sorted({tuple(sorted((a, b))) for a in tested for b in names if a != b}) if len(names) > 2 else []
-    # One BLAS thread a fit: the pools of numpy and scipy wait for each other in busy loops, at seven times the cost.
-    with threadpool_limits(1), warnings.catch_warnings(), ThreadPoolExecutor(_cpu_count()) as workers:
-        warnings.simplefilter("ignore", ConvergenceWarning)  # counted in `unconverged`
-        jobs = list(itertools.product(pairs, layers))
-        curves = list(workers.map(lambda job: fit(job[1], job[0], STRENGTHS, _COARSE), jobs))
-        chosen = {group: _best(group, curves, len(layers)) for group in tested}
-        scores = list(workers.map(lambda g: fit(chosen[g][0], [g], [chosen[g][1]], _FINE)[g][0], tested))
-    accuracy = {group: score.accuracy for group, score in zip(tested, scores, strict=True)}
+    task = _Task(*np.unique(labels, return_inverse=True), groups, kept, tested)
+    # One BLAS thread a layer: threads of a pool wait for each other in busy loops.
+    with threadpool_limits(1), ThreadPoolExecutor(_cpu_count()) as workers:
+        probed = list(workers.map(lambda layer: _Layer(layer, task), layers))
+    last = len(probed) - 1
+    chosen = {g: max(range(len(probed)), key=lambda k: probed[k].likelihood[g]) if task.pairs else last for g in tested}
+    accuracy = {group: probed[layer].accuracy[group] for group, layer in chosen.items()}
     return ProbeResult(
         seed=seed,
         mean=float(np.mean(list(accuracy.values()))),
         accuracy=accuracy,
-        strength={group: strength for group, (_, strength) in chosen.items()},
-        layer={group: layer for group, (layer, _) in chosen.items()},
-        unconverged=sum(not score.converged for score in scores),
+        strength={group: probed[layer].strength[group] for group, layer in chosen.items()},
+        layer=chosen,
+        layers=[layer.accuracy for layer in probed],
+        unconverged=sum(not probed[layer].converged[group] for group, layer in chosen.items()),
     )
 
 
@@ -132,14 +131,15 @@ def log_mel_statistics(audio: Sequence[np.ndarray], *, sample_rate: int = 16000)
 
 
 def _tested_groups(
-    features: np.ndarray, labels: np.ndarray, groups: np.ndarray, held_out: Sequence[str] | None
+    layers: Sequence[np.ndarray], labels: np.ndarray, groups: np.ndarray, held_out: Sequence[str] | None
 ) -> list[str]:
-    if features.ndim != 3 or not len(features) == len(labels) == len(groups):
-        raise UserError(
-            "a probe needs features [N, D] or [N, L, D] with N labels and N groups, "
-            f"not {features.shape}, {labels.shape} and {groups.shape}"
-        )
-    if not np.isfinite(features).all():
+    for features in layers:
+        if features.ndim != 2 or not len(features) == len(labels) == len(groups):
+            raise UserError(
+                "a probe needs features [N, D] with N labels and N groups, "
+                f"not {features.shape}, {labels.shape} and {groups.shape}"
+            )
+    if not all(np.isfinite(features).all() for features in layers):
         raise UserError("the features to probe contain NaN or infinity: the model that made them has diverged")
     names = sorted(set(groups.tolist()))
     if len(names) < 2:
@@ -161,61 +161,98 @@ def _check_labels(group: str, wanted: set[str], trained: set[str]) -> None:
         raise UserError(f"without group {group!r} all training examples have the same label: nothing to tell apart")
 
 
-class _Score(NamedTuple):
-    log_likelihood: float  # mean over the group's examples, in nats
-    accuracy: float  # %
-    converged: bool
+class _Task(NamedTuple):
+    """What a layer is probed for: `classes` [K] and the class of each example [N], their groups, which may train."""
+
+    classes: np.ndarray
+    answers: np.ndarray
+    groups: np.ndarray
+    kept: np.ndarray
+    tested: list[str]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Groups left out together: without a and b, b is scored when choosing for a, and a when choosing for b."""
+        names = sorted(set(self.groups.tolist()))
+        found = {(min(a, b), max(a, b)) for a in self.tested for b in names if a != b}
+        return sorted(found) if len(names) > 2 else []
 
 
-def _fit_and_score(
-    features: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    kept: np.ndarray,
-    left_out: Sequence[str],
-    strengths: Sequence[float],
-    tolerance: float,
-) -> dict[str, list[_Score]]:
-    """Scores of every group left out by the classifiers of ascending `strengths`, trained on all the others."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+class _Layer:
+    """One layer probed: for each tested group the likelihood of the best penalty, that penalty, the accuracy with it.
 
-    train = kept & ~np.isin(groups, left_out)
-    scores: dict[str, list[_Score]] = {group: [] for group in left_out}
-    if len(set(labels[train].tolist())) < 2:  # two groups short, one label may remain: then no penalty is better
-        return {group: [_Score(0.0, 0.0, True)] * len(strengths) for group in left_out}
-    scaler = StandardScaler().fit(features[train])
-    trained = scaler.transform(features[train])
-    tests = {group: (scaler.transform(features[groups == group]), labels[groups == group]) for group in left_out}
-    classifier = LogisticRegression(tol=tolerance, max_iter=_MAX_ITERATIONS, warm_start=True)
-    for strength in strengths:
-        classifier.set_params(C=strength).fit(trained, labels[train])
-        converged = bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
-        for group, (inputs, answers) in tests.items():
-            is_answer = answers[:, None] == classifier.classes_[None]
-            probabilities = classifier.predict_proba(inputs)
-            accuracy = 100.0 * np.mean(is_answer[np.arange(len(answers)), probabilities.argmax(axis=1)])
-            # One example judged impossible (probability 0 in float32) must not outvote all others.
-            log_probabilities = np.log(np.maximum(probabilities, np.finfo(np.float32).eps))
-            likelihood = np.sum(log_probabilities, where=is_answer) / len(answers)
-            scores[group].append(_Score(float(likelihood), float(accuracy), converged))
-    return scores
+    The classifiers of all pairs, and of all tested groups, are fitted side by side.
+    """
 
+    def __init__(self, features: np.ndarray, task: _Task):
+        self.task, self.pairs = task, task.pairs
+        left_out = [*self.pairs, *((group,) for group in task.tested)]
+        train = np.array([task.kept & ~np.isin(task.groups, groups) for groups in left_out])
+        self.problem = _logistic.Problem(features, task.answers, len(task.classes), train)
+        self.likelihood = dict.fromkeys(task.tested, -np.inf)
+        self.strength = dict.fromkeys(task.tested, _DEFAULT_STRENGTH)
+        starts = self._choose() if self.pairs else {}
+        self.accuracy, self.converged = self._score(starts)
 
-def _best(group: str, curves: Sequence[Mapping[str, Sequence[_Score]]], layers: int) -> tuple[int, float]:
-    """(layer, penalty) for testing `group`; `curves` go through the layers pair by pair."""
-    found = [
-        [score.log_likelihood for score in curve[name]]
-        for curve in curves
-        if group in curve
-        for name in curve
-        if name != group
-    ]
-    if not found:
-        return layers - 1, _DEFAULT_STRENGTH
-    likelihoods = np.reshape(found, (-1, layers, len(STRENGTHS))).mean(axis=0)
-    layer, strength = np.unravel_index(likelihoods.argmax(), likelihoods.shape)
-    return int(layer), STRENGTHS[strength]
+    def _choose(self) -> dict[str, _logistic.Fits]:
+        """Sets likelihood and strength; returns the classifiers of each group's pairs at that strength."""
+        which, fits, starts = np.arange(len(self.pairs)), None, {}
+        rising = set(self.task.tested)
+        for strength in STRENGTHS:
+            fits = self._fit(which, np.full(len(which), strength), _COARSE, fits)
+            found = self._likelihoods(which, fits)
+            for group in sorted(rising):
+                value = float(np.mean(found[group]))
+                if value > self.likelihood[group]:
+                    mine = [j for j, k in enumerate(which) if group in self.pairs[k]]
+                    self.likelihood[group], self.strength[group], starts[group] = (
+                        value,
+                        strength,
+                        fits.take(np.array(mine)),
+                    )
+                else:
+                    rising.remove(group)
+            going = np.array([bool(rising.intersection(self.pairs[k])) for k in which])
+            which, fits = which[going], fits.take(going)
+            if not rising:
+                break
+        return starts
+
+    def _likelihoods(self, which: np.ndarray, fits: _logistic.Fits) -> dict[str, list[float]]:
+        """{tested group: mean log likelihood of each other group, left out with it}, in nats."""
+        found: dict[str, list[float]] = {group: [] for group in self.task.tested}
+        everything = self.problem.log_probabilities(which, fits)
+        right = np.take_along_axis(everything, self.task.answers[:, None, None], axis=2)[..., 0]
+        # One example judged impossible (probability 0 in float32) must not outvote all others.
+        right = np.maximum(right, np.log(np.finfo(np.float32).eps))
+        for column, k in enumerate(which):
+            for choosing, scored in itertools.permutations(self.pairs[k]):
+                if choosing in found:
+                    found[choosing].append(float(right[self.task.groups == scored, column].mean()))
+        return found
+
+    def _score(self, starts: dict[str, _logistic.Fits]) -> tuple[dict[str, float], dict[str, bool]]:
+        """Accuracy in % of each tested group with the classifier of all others, and whether that converged."""
+        tested = self.task.tested
+        which = len(self.pairs) + np.arange(len(tested))
+        start = None
+        if starts:  # the mean of its pairs: nearly there
+            weights, bias = (
+                np.stack([getattr(starts[g], f).mean(axis=0) for g in tested]) for f in ("weights", "bias")
+            )
+            start = _logistic.Fits(weights, bias, np.zeros(len(tested), bool))
+        fits = self._fit(which, np.array([self.strength[group] for group in tested]), _FINE, start)
+        guesses = self.problem.log_probabilities(which, fits).argmax(axis=2)
+        accuracy = {}
+        for column, group in enumerate(tested):
+            inside = self.task.groups == group
+            accuracy[group] = float(100.0 * np.mean(guesses[inside, column] == self.task.answers[inside]))
+        return accuracy, dict(zip(tested, fits.converged.tolist(), strict=True))
+
+    def _fit(
+        self, which: np.ndarray, strengths: np.ndarray, tolerance: float, start: _logistic.Fits | None
+    ) -> _logistic.Fits:
+        return self.problem.fit(which, strengths, tolerance / np.sqrt(strengths), start, _MAX_ITERATIONS)
 
 
 def _cpu_count() -> int:

@@ -49,20 +49,21 @@ def test_it_is_ridge_regression_on_the_drawn_examples():
     assert plain(penalty) != pytest.approx(plain(1e4 * penalty))
 
 
-def test_the_tested_speaker_has_no_part_and_draws_do_not_depend_on_features():
+def test_the_tested_speaker_only_asks():
+    """Whatever else it says, and how often, its answers to the same questions are the same."""
     features, labels, groups = clusters(0.5)
     mine = groups == "ben"
-    other = np.where(mine[:, None], features[::-1], features)
-    relabelled = np.where(mine, "no", labels)
-    found = _few_shot.accuracies(other, relabelled, groups, "ben", (5,), 0)
-    # Ben's recordings and labels only ask: answers to the same questions are what they were.
-    asked = _few_shot.accuracies(np.where(mine[:, None], features, features), relabelled, groups, "ben", (5,), 0)
-    assert found[5] != asked[5]
-    longer = np.concatenate([features, features[mine]])
-    twice = _few_shot.accuracies(longer, np.r_[labels, labels[mine]], np.r_[groups, groups[mine]], "ben", (5,), 0)
-    assert twice[5] == pytest.approx(_few_shot.accuracies(features, labels, groups, "ben", (5,), 0)[5])
-    scaled = _few_shot.accuracies(4.0 * features + 7, labels, groups, "ben", (5,), 0)
-    assert scaled[5] == pytest.approx(_few_shot.accuracies(features, labels, groups, "ben", (5,), 0)[5])
+    before = _few_shot.accuracies(features, labels, groups, "ben", (5,), 0)[5]
+    # All its recordings once more, which would change a mean or deviation that counts them; and far away.
+    twice = [np.concatenate([x, x[mine]]) for x in (features, labels, groups)]
+    assert _few_shot.accuracies(*twice, "ben", (5,), 0)[5] == pytest.approx(before)
+    far = np.concatenate([features, 1e4 * features[mine]]), np.r_[labels, ["no"] * mine.sum()], twice[2]
+    half = np.array(_few_shot.accuracies(*far, "ben", (5,), 0)[5])
+    right = np.array(before) * mine.sum() / 100
+    assert np.all((half * 2 * mine.sum() / 100 >= right - 1e-6) & (half * 2 * mine.sum() / 100 <= right + mine.sum()))
+    # The others' recordings are what it knows.
+    moved = np.where(mine[:, None], features, np.random.default_rng(0).normal(size=features.shape))
+    assert _few_shot.accuracies(moved, labels, groups, "ben", (5,), 0)[5] != before
 
 
 def test_seeds_draw_others_and_smaller_draws_are_part_of_larger_ones():

@@ -122,6 +122,37 @@ def test_the_penalty_is_that_of_a_nested_leave_one_speaker_out():
         assert linear_probe.STRENGTHS[0] < chosen[tested] < linear_probe.STRENGTHS[-1], "an end would prove little"
 
 
+def test_every_layer_is_scored_as_if_it_were_alone_and_the_best_is_chosen_without_the_tested_speaker():
+    weak, labels, groups = _clusters(0.1, n_features=40)
+    strong, _, _ = _clusters(0.6, n_features=40)
+    # Layer 2 knows all of ben's labels and nobody else's: whoever trains without him must not choose it.
+    hers = np.where((groups == "ben")[:, None], 5 * np.eye(40)[np.searchsorted(sorted(WORDS), labels)], weak)
+    layers = [weak, strong[:, :30], hers]  # widths may differ
+    found = leave_one_group_out(layers, labels, groups)
+    for layer in range(3):
+        alone = leave_one_group_out(layers[layer], labels, groups)
+        assert found["layers"][layer] == alone["accuracy"]
+        for speaker in SPEAKERS:
+            if found["layer"][speaker] == layer:
+                assert found["accuracy"][speaker] == alone["accuracy"][speaker]
+                assert found["strength"][speaker] == alone["strength"][speaker]
+    assert found["layer"] == dict.fromkeys(SPEAKERS, 1)
+
+
+def test_penalties_weaker_than_the_best_are_tried_until_the_likelihood_falls(monkeypatch):
+    tried = []
+    fit = linear_probe._logistic.Problem.fit
+    monkeypatch.setattr(
+        linear_probe._logistic.Problem, "fit",
+        lambda self, which, strengths, *rest: tried.append(set(strengths)) or fit(self, which, strengths, *rest),
+    )  # fmt: skip
+    result = leave_one_group_out(*_clusters(0.15, n_features=60))
+    best = max(linear_probe.STRENGTHS.index(strength) for strength in result["strength"].values())
+    assert tried[:-1] == [{strength} for strength in linear_probe.STRENGTHS[: best + 2]]
+    assert best + 2 < len(linear_probe.STRENGTHS), "an end would prove little"
+    assert tried[-1] == set(result["strength"].values())  # the scored classifiers
+
+
 def test_held_out_tests_only_these_speakers():
     data = _clusters(0.7)
     everyone, some = leave_one_group_out(*data), leave_one_group_out(*data, held_out=["dan", "anna"])
@@ -174,7 +205,7 @@ def test_a_label_missing_from_inner_training_is_no_obstacle():
         ({"groups": ["anna"] * 180}, "at least 2 groups .* only anna"),
         ({"held_out": ["ben", "zoe"]}, "no group zoe to hold out; there are anna, ben, carla, dan"),
         ({"labels": ["only ben"] * 180}, "all training examples have the same label"),
-        ({"groups": ["anna"] * 3}, r"\(180, 1, 8\), \(180,\) and \(3,\)"),
+        ({"groups": ["anna"] * 3}, r"\(180, 8\), \(180,\) and \(3,\)"),
         ({"features": np.full((180, 8), np.nan)}, "NaN"),
     ],
 )
