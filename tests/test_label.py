@@ -233,7 +233,7 @@ def test_every_mistake_is_one_clear_line(workdir, sounds, tmp_path):
     bare.mkdir()
     shutil.copy(workdir / "config.json", bare)
     for arguments, words in (
-        ((source, out, "--features=/nowhere", "--layer=1"), "/nowhere: not the workdir of a run"),
+        ((source, out, "--features=/nowhere", "--layer=1"), "/nowhere: no such folder; name the --workdir of a run"),
         ((source, out, f"--features={workdir}"), "needs --layer=N"),
         ((source, out, f"--features={workdir}", "--layer=2"), "layers 1 to 1"),
         ((source, out, f"--features={workdir}@4", "--layer=1"), "no such checkpoint .* there are 3, 5"),

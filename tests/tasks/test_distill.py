@@ -316,7 +316,7 @@ def test_a_run_teaches_another_which_resumes_without_its_checkpoints(tmp_path):
         assert train(config, data, workdir) == 0
 
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    run("wav2vec2.py:size=tiny,smoke", teacher)
+    run("hubert.py:size=tiny,smoke", teacher)
     settings = f"task.teacher={teacher}", "task.layers=(1,)"
     run("distill.py:size=tiny,smoke", student, *settings)
     shutil.rmtree(teacher / "checkpoints")

@@ -316,7 +316,7 @@ def test_pictures_show_phones_and_no_blanks():
 
 def test_mistakes_are_named():
     batch = make_batch(units=np.zeros((3, SAMPLES // 20), np.int32))
-    with pytest.raises(UserError, match=r"config\.task\.unit_hop=10.*has 25 units"):
+    with pytest.raises(UserError, match=r"config\.task\.unit_hop=10.*a unit about every 20 samples"):
         make_task("frames").init_with_output(jax.random.key(0), batch, step=jnp.int32(0), train=False)
     with pytest.raises(UserError, match="choose from ctc, frames"):
         make_task("words").init_with_output(jax.random.key(0), make_batch(), step=jnp.int32(0), train=False)
