@@ -46,7 +46,7 @@ EXPERIMENTS = {
     "wav2vec2": Experiment("wav2vec2", overrides=("data.batch_seconds=16.0", "data.row_multiple=4")),
     "hubert_1": Experiment("hubert", "size=tiny,iteration=1", units="mfcc"),
     "hubert_2": Experiment("hubert", "size=tiny,iteration=2", units="hubert_1:3"),
-    "wavlm": Experiment("wavlm", units="hubert_1:3"),
+    "wavlm": Experiment("wavlm", overrides=("task.unit_hop=320",), units="hubert_1:3"),
     "data2vec": Experiment("data2vec"),
     "data2vec2": Experiment("data2vec", "size=tiny2"),
     "best_rq": Experiment("best_rq"),

@@ -25,6 +25,9 @@ def test_every_experiment_is_a_config(name):
     earlier = list(compare.EXPERIMENTS)[: list(compare.EXPERIMENTS).index(name)]
     for other in (experiment.teacher, experiment.units.partition(":")[0]):
         assert other in ("", "mfcc", *earlier)
+    if experiment.units:  # MFCC at 100 Hz, or the frames of the encoder that made them
+        assert config.task.unit_hop == (160 if experiment.units == "mfcc" else 320)
+        assert config.task.codes == compare.CLUSTERS
 
 
 def test_every_objective_takes_part():
