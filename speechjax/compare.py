@@ -130,7 +130,7 @@ def _train(name: str, workdir: Path, args: argparse.Namespace) -> None:
         f"data.source={args.source}", f"train.steps={steps}", f"train.eval_every={steps}", f"train.seed={args.seed}",
     ]  # fmt: skip
     if args.held_out:
-        overrides.append(f"data.exclude=_({'|'.join(args.held_out.split(','))})_")
+        overrides.append(f"data.exclude={_held_out(args)}")
     if experiment.units:
         overrides.append(f"data.units=labels:{_label(experiment.units, args)}")
     if experiment.teacher:
@@ -156,8 +156,15 @@ def _label(units: str, args: argparse.Namespace) -> Path:
         command += [f"--features={_needed(features, 'another', args)}@newest", f"--layer={layer}"]
     else:
         command += [f"--features={features}"]
+    if args.held_out:  # clusters are fitted to speech, too
+        command.append(f"--exclude={_held_out(args)}")
     _call(command, args.out / f"units_{features}.log")
     return out
+
+
+def _held_out(args: argparse.Namespace) -> str:
+    """Regex on the ids of the speakers kept out."""
+    return f"_({'|'.join(args.held_out.split(','))})_"
 
 
 def _evaluate(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from speechjax.errors import UserError
-from speechjax.verb import leave
+from speechjax.verb import keep_compiled, leave, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -42,17 +42,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )  # fmt: skip
     parser.add_argument("--evals", metavar="NAME,...", help="these evaluators only (default: those of the config)")
     parser.add_argument("--out", metavar="FILE", help="where the results go as JSON (default: see above)")
-    args, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        item = rest.pop(0)
-        if not item.startswith(("--evals.", "--config.data.", "--config.evals.")):
-            parser.error(
-                f"unknown argument {item!r}; options are set with --evals.NAME.key=value, --config.data.key=value"
-            )
-        if "=" not in item and rest and not rest[0].startswith("--"):
-            item = f"{item}={rest.pop(0)}"
-        overrides.append(item.removeprefix("--").removeprefix("config."))
+    args, overrides = split_overrides(parser, argv, ("--evals.", "--config.data.", "--config.evals."))
     if args.checkpoint not in ("", "best", "newest", "none") and not args.checkpoint.isdecimal():
         parser.error(f"--checkpoint={args.checkpoint}: best, newest, none, or the number of a step")
     return args, overrides
@@ -70,6 +60,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     from speechjax import config as configs
     from speechjax import distributed, runs, sharding
+    from speechjax.experiment import open_data
     from speechjax.logs import Logs, replace_file
     from speechjax.train import Job
 
@@ -77,11 +68,14 @@ def run(argv: Sequence[str] | None) -> int:
     chosen = choose(config, args.evals, overrides)
     configs.check(config)
     distributed.init()
+    keep_compiled()
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     with jax.set_mesh(mesh):
         task = configs.make_task(config)
         needed = [name for name in chosen if config.evals[name].name in _NEED_DATA]
-        data = _open_data(config, task, args.workdir) if needed else None
+        with config.unlocked():  # the run had other devices
+            config.data.row_multiple = math.lcm(config.data.row_multiple, jax.device_count())
+        data = open_data(config, task, args.workdir) if needed else None
         step, variables, digest = _weights(args, task, data, mesh)
         params, extra = variables["params"], {k: v for k, v in variables.items() if k != "params"}
         folder = out.with_suffix("")
@@ -137,21 +131,6 @@ def _defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(configs.eval_class(name)).parameters
     own = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     return own | next((block for block in presets.evals().values() if block["name"] == name), {"name": name})
-
-
-def _open_data(config: Any, task: Any, workdir: Path) -> Any:
-    import jax
-
-    from speechjax.data import pipeline
-
-    encoder = task.encoder
-    devices = jax.device_count()
-    options = config.data.to_dict()
-    options["row_multiple"] = math.lcm(options["row_multiple"], devices)  # the run had other devices
-    return pipeline.open_data(
-        seed=config.train.seed, row_divisor=devices, frame_len=encoder.frame_len(),
-        segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=workdir, **options,
-    )  # fmt: skip
 
 
 def _weights(args: argparse.Namespace, task: Any, data: Any, mesh: Any) -> tuple[int, dict[str, Any], str | None]:

@@ -15,13 +15,9 @@ from speechjax.errors import TooManyRejectedError, UserError
 def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
     """(task, data) of a config, checked against each other; what was left out and the vocabularies go to `workdir`."""
     task = configs.make_task(config)
-    encoder = task.encoder
     room = workdir if jax.process_index() == 0 else None
     try:
-        data = pipeline.open_data(
-            seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
-            segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=workdir, **config.data.to_dict(),
-        )  # fmt: skip
+        data = open_data(config, task, workdir)
     except TooManyRejectedError as error:
         if room:
             _write_rejected(room, error.rejected)
@@ -32,6 +28,15 @@ def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
         data.save(room)
     check_needs(task, data)
     return task, data
+
+
+def open_data(config: Any, task: Any, workdir: Path | None) -> pipeline.Data:
+    """The batches of a config, in frames of the task's encoder; vocabularies in `workdir` are used, none is written."""
+    encoder = task.encoder
+    return pipeline.open_data(
+        seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
+        segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=workdir, **config.data.to_dict(),
+    )  # fmt: skip
 
 
 def check_needs(task: Any, data: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speechjax.errors import UserError
-from speechjax.verb import leave, split_overrides
+from speechjax.verb import keep_compiled, leave, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -55,8 +55,11 @@ def run(argv: Sequence[str] | None) -> int:
     """The verb, from the command line to an exit code."""
     args, overrides = parse_args(argv)
     from speechjax import config as configs
+    from speechjax import distributed
     from speechjax.experiment import open_experiment
 
+    distributed.init()
+    keep_compiled()
     config: Any = configs.load(args.config, overrides)
     task, data = open_experiment(config, workdir=None)
     found = find_rate(task, config, data, steps=args.steps, low=args.low, high=args.high)

@@ -13,7 +13,6 @@ stopped.  DIR/index.html shows how the codes are used and, where recordings have
 import argparse
 import dataclasses
 import logging
-import os
 import shlex
 import shutil
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechjax.errors import UserError
-from speechjax.verb import leave
+from speechjax.verb import keep_compiled, leave
 
 if TYPE_CHECKING:
     import jax
@@ -44,6 +43,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--source", required=True, help="what to label, as in config.data.source")
+    add("--exclude", default="", metavar="REGEX", help="recordings to leave out, by id, e.g. held-out speakers; as in "
+        "config.data.exclude")  # fmt: skip
     add("--out", required=True, type=Path, metavar="DIR", help="where the codebook and the labels go")
     add("--features", metavar="WHAT", help="mfcc, or the workdir of a run, of which the best checkpoint is taken; "
         "RUNDIR@STEP and RUNDIR@newest take another")  # fmt: skip
@@ -81,9 +82,7 @@ def run(argv: Sequence[str] | None) -> int:
     args = parse_args(argv)
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    keep_compiled()
     from speechjax import sharding
     from speechjax.data.prepare import locked
     from speechjax.data.records import open_records
@@ -96,7 +95,9 @@ def run(argv: Sequence[str] | None) -> int:
     with jax.set_mesh(mesh):
         features = _features(args, mesh)
         # Everything that a training run may use has units, whatever it filters.
-        records = open_records(args.source, segment_seconds=1e9, min_seconds=0.0, max_bad_share=1.0)
+        records = open_records(
+            args.source, segment_seconds=1e9, min_seconds=0.0, max_bad_share=1.0, exclude=args.exclude
+        )
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             codebook = _codebook(args, out, records, features, mesh)

@@ -8,12 +8,11 @@ holds a checkpoint.  Exit codes: 0 done, 42 restart me (pre-empted), 3 stopped o
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speechjax.verb import leave, split_overrides
+from speechjax.verb import keep_compiled, leave, split_overrides
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -36,11 +35,9 @@ def run(argv: Sequence[str] | None) -> int:
 
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     from speechjax import distributed
 
+    keep_compiled()
     distributed.init()
     if jax.process_index() == 0:
         configs.claim_workdir(args.workdir, config)

@@ -14,19 +14,28 @@ log = logging.getLogger("speechjax")
 
 
 def split_overrides(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, prefix: str = "--config."
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, prefixes: tuple[str, ...] = ("--config.",)
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Known flags, and what follows `prefix` of every override, as `key=value`."""
+    """Known flags, and every override that begins with one of `prefixes`, as `key=value` without "--config."."""
     args, rest = parser.parse_known_args(argv)
     overrides = []
     while rest:
         item = rest.pop(0)
-        if not item.startswith(prefix):
-            parser.error(f"unknown argument {item!r}; config values are set with {prefix}block.key=value")
+        if not item.startswith(prefixes):
+            parser.error(f"unknown argument {item!r}; values are set with {'key=value, '.join(prefixes)}key=value")
         if "=" not in item and rest and not rest[0].startswith("--"):
             item = f"{item}={rest.pop(0)}"
-        overrides.append(item.removeprefix(prefix))
+        overrides.append(item.removeprefix("--").removeprefix("config."))
     return args, overrides
+
+
+def keep_compiled() -> None:
+    """Compiled programs stay on disk for the next process, in JAX_COMPILATION_CACHE_DIR or this user's cache."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:

@@ -54,7 +54,8 @@ def attention(
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] or [B, T] -> [B, T, D].
 
-    `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them.
+    `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them, or
+    [B, H, T, T] where rows differ.
     """
 
     heads: int
@@ -74,7 +75,7 @@ class SelfAttention(nn.Module):
             return nn.Dense(D, dtype=self.dtype, kernel_init=init, name=name)
 
         q, k, v = (project(n)(x).reshape(B, T, self.heads, D // self.heads) for n in ("query", "key", "value"))
-        bias = None if bias is None else bias[None]
+        bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         if options.positions == "rotary":
             q, k = rotate(q), rotate(k)
         if options.positions == "relative":

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speechjax.errors import UserError
-from speechjax.models.attention import SelfAttention, attention
-from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, shard_batch, zero_padding
+from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, zero_padding
 from speechjax.models.masking import masked_slots
 from speechjax.models.positions import POSITIONS
 from speechjax.models.relative import AttentionOptions, SharedBias
@@ -98,15 +97,15 @@ def _distance_bias(transformer, params, options, kept):
 
 
 def _layers(transformer, params, x, counts, bias, keys):
-    layer: Any = VisibleLayer(
+    layer: Any = TransformerLayer(
         heads=transformer.heads, mlp=transformer.mlp, norm=transformer.norm, dropout=transformer.dropout,
         attention_dropout=transformer.attention_dropout, activation_dropout=transformer.activation_dropout,
-        layerdrop=transformer.layerdrop, dtype=transformer.dtype, parent=None,
+        layerdrop=transformer.layerdrop, dtype=transformer.dtype, attention=transformer.attention, parent=None,
     )  # fmt: skip
 
     def run(x, number, own):
         rngs = {name: jax.random.fold_in(key, number) for name, key in keys.items()}
-        return layer.apply({"params": own}, x, counts, bool(keys), bias, rngs=rngs)
+        return layer.apply({"params": own}, x, counts, bool(keys), bias, rngs=rngs)[0]
 
     run = jax.checkpoint(run, prevent_cse=not transformer.scan) if transformer.remat else run
     numbers = jnp.arange(transformer.layers)
@@ -115,40 +114,6 @@ def _layers(transformer, params, x, counts, bias, keys):
     for i in range(transformer.layers):
         x = run(x, numbers[i], params[f"layer{i}"])
     return x
-
-
-class VisibleLayer(TransformerLayer):
-    """A transformer layer, parameters and all, whose bias differs from row to row: float32 [R, H, K, K] or None."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, train: bool, bias: jax.Array | None = None) -> jax.Array:
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        attend = _RowAttention(self.heads, self.attention_dropout, self.dtype, name="attention")
-        norm1 = LayerNorm(out_dtype=self.dtype, name="attention_norm")
-        norm2 = LayerNorm(out_dtype=self.dtype, name="mlp_norm")
-        y = shard_batch(x)
-        if self.norm == "pre":
-            y = y + drop(attend(norm1(y), lengths, train=train, bias=bias))
-            y = y + drop(self._mlp(norm2(y), train))
-        else:
-            y = norm1(y + drop(attend(y, lengths, train=train, bias=bias)))
-            y = norm2(y + drop(self._mlp(y, train)))
-        if train and self.layerdrop:
-            y = jnp.where(jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop), y, x)
-        return y
-
-
-class _RowAttention(SelfAttention):
-    @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, *, train: bool, bias: jax.Array | None = None) -> jax.Array:
-        R, K, D = x.shape
-        q, k, v = (
-            nn.Dense(D, dtype=self.dtype, name=n)(x).reshape(R, K, self.heads, D // self.heads)
-            for n in ("query", "key", "value")
-        )
-        dropout = nn.Dropout(self.dropout) if self.dropout else None
-        y = attention(q, k, v, lengths=lengths, bias=bias, dropout=dropout, deterministic=not train)
-        return nn.Dense(D, dtype=self.dtype, name="out")(y.reshape(R, K, D))
 
 
 class ConvDecoder(nn.Module):
