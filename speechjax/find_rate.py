@@ -93,10 +93,8 @@ def find_rate(task: Any, config: Any, data: Any, *, steps: int, low: float, high
         tx, _ = make_optimizer(steps=steps, **optim)
         tx = _scaled(tx, lambda count: low * jax.numpy.exp(growth * count.astype(jax.numpy.float32)))
         init = functools.partial(init_state, task, tx, config.train.seed, batch_shapes(data.specs[0], mesh))
-        abstract = jax.eval_shape(init)
-        place = sharding.state_sharding(mesh, abstract)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
-        state = fresh_state(task, init, place, config.train.start_from)
+        abstract = sharding.placed(mesh, jax.eval_shape(init))
+        state = fresh_state(task, init, abstract, config.train.start_from)
         programs = compile_steps(
             task, tx, mesh, abstract, data.specs, config.train.seed, 1, config.train.device_seconds
         )

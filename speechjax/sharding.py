@@ -52,6 +52,12 @@ def state_sharding(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, str]] = RUL
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(mesh: Mesh, shapes: Any) -> Any:
+    """A tree of shapes with the shardings of `state_sharding`."""
+    place = state_sharding(mesh, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device: what every process may fetch."""
     return NamedSharding(mesh, PartitionSpec())

@@ -111,14 +111,12 @@ def train(config: Any, data: Any, workdir: Path) -> int:
     with jax.set_mesh(mesh):
         # Shapes first: eval_shape -> shardings -> jit(init), so no device ever holds more than its part.
         init = functools.partial(init_state, task, tx, schedule.seed, batch_shapes(data.specs[0], mesh))
-        abstract = jax.eval_shape(init)
-        place = sharding.state_sharding(mesh, abstract)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
+        abstract = sharding.placed(mesh, jax.eval_shape(init))
 
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state, best, start = fresh_state(task, init, place, schedule.start_from), Best(schedule), 0
+            state, best, start = fresh_state(task, init, abstract, schedule.start_from), Best(schedule), 0
         else:
             state, meta = restored
             best, start = Best(schedule, **meta["best"]), meta["step"]

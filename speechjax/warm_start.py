@@ -13,8 +13,9 @@ from speechjax.step import State
 log = logging.getLogger("speechjax")
 
 
-def fresh_state(task: Any, init: Any, place: Any, start_from: str) -> State:
-    """State of step 0: drawn by `init`, then `start_from`'s parameters if it names a run, then what the task does."""
+def fresh_state(task: Any, init: Any, abstract: State, start_from: str) -> State:
+    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `start_from`, then what the task makes of it."""
+    place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     params = warm_start(state.params, start_from) if start_from else state.params
     params, extra = task.start(params, state.extra)

@@ -3,8 +3,6 @@
 `lengths` is int32 [B], or [B, T] for packed rows: see layers.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -15,6 +13,7 @@ from jax import lax
 
 from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
+from speechjax.models.block import Block
 from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, shard_batch, zero_padding
 from speechjax.models.relative import AttentionOptions
 
@@ -131,7 +130,7 @@ class ConvModule(nn.Module):
         return nn.Dense(D, dtype=self.dtype, kernel_init=init, name="pointwise_out")(nn.swish(x))
 
 
-class ConformerLayer(nn.Module):
+class ConformerLayer(Block):
     """Half a feed-forward step, attention, convolution, half a step, norm: [B, T, D], [B] or [B, T] -> two [B, T, D].
 
     Gulati et al. 2020, section 2.4, with dropout as there.  The second output is the last feed-forward branch before
@@ -139,15 +138,6 @@ class ConformerLayer(nn.Module):
     Where `attention` has chunks, the convolution sees no later frame.
     """
 
-    heads: int
-    mlp: int
-    norm: str
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    layerdrop: float
-    dtype: Any
-    attention: Mapping[str, Any] = field(default_factory=dict)
     kernel: int = 31
     conv_norm: str = "layer"
 
@@ -168,11 +158,7 @@ class ConformerLayer(nn.Module):
         y = y + drop(conv(norm("conv_norm")(y), lengths))
         mlp = self._mlp(norm("mlp2_norm")(y), train, "mlp2")
         y = norm("norm")(y + 0.5 * drop(mlp))
-        if train and self.layerdrop:
-            # One draw for the whole global batch, as in TransformerLayer.
-            keep = jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop)
-            y = jnp.where(keep, y, x)
-        return y, mlp
+        return self.unless_dropped(y, x, train), mlp
 
     def _mlp(self, x, train, name):
         init = nn.initializers.normal(0.02)

@@ -3,15 +3,12 @@
 `lengths` is int32 [B], or [B, T] for packed rows: see layers.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import field
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speechjax.models.block import Block
 from speechjax.models.layers import fan_in_uniform, frame_positions, shard_batch, zero_padding
 
 
@@ -41,7 +38,7 @@ def gru(inputs: jax.Array, kernel: jax.Array, bias: jax.Array, first: jax.Array)
     return states.transpose(1, 0, 2)
 
 
-class GRULayer(nn.Module):
+class GRULayer(Block):
     """One unidirectional GRU layer and a residual connection: [B, T, D], [B] or [B, T] -> two [B, T, D].
 
     The layer of autoregressive predictive coding (Chung et al. 2019, section 3.1).  There the first of three layers
@@ -49,16 +46,6 @@ class GRULayer(nn.Module):
     second output is that of the GRU before dropout and sum.  A frame sees none after it.  `heads`, `mlp`, `norm`,
     `attention` and the dropouts inside other blocks are the arguments of every block, and not used.
     """
-
-    heads: int
-    mlp: int
-    norm: str
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    layerdrop: float
-    dtype: Any
-    attention: Mapping[str, Any] = field(default_factory=dict)
 
     @nn.compact
     def __call__(
@@ -75,8 +62,4 @@ class GRULayer(nn.Module):
         states = gru(project(x), kernel.astype(self.dtype), candidate_bias, first)
         states = zero_padding(states.astype(self.dtype), lengths)
         y = zero_padding(x, lengths) + nn.Dropout(self.dropout, deterministic=not train)(states)
-        if train and self.layerdrop:
-            # One draw for the whole global batch, as in TransformerLayer.
-            keep = jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop)
-            y = jnp.where(keep, y, x)
-        return y, states
+        return self.unless_dropped(y, x, train), states

@@ -14,10 +14,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
+from speechjax.models.block import Block
 from speechjax.models.conformer import ConformerLayer
 from speechjax.models.layers import LayerNorm, gelu, shard_batch, zero_padding
 from speechjax.models.positions import POSITIONS
@@ -25,22 +25,12 @@ from speechjax.models.recurrent import GRULayer
 from speechjax.models.relative import AttentionOptions, SharedBias
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Block):
     """One layer; `norm` "post" (Base) or "pre" (Large): [B, T, D], [B] or [B, T] -> two [B, T, D].
 
     The second is the feed-forward branch as it enters the residual sum, before its dropout: what data2vec regresses
     on.
     """
-
-    heads: int
-    mlp: int
-    norm: str
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    layerdrop: float
-    dtype: Any
-    attention: Mapping[str, Any] = field(default_factory=dict)
 
     @nn.compact
     def __call__(
@@ -59,12 +49,7 @@ class TransformerLayer(nn.Module):
             y = norm1(y + drop(attend(y, lengths, train=train, bias=bias)))
             mlp = self._mlp(y, train)
             y = norm2(y + drop(mlp))
-        if train and self.layerdrop:
-            # One draw for the whole global batch, so every device drops the same layers.  The layer is computed
-            # and discarded: branching would save 5 % of the work and cost a second program.
-            keep = jax.random.bernoulli(self.make_rng("layerdrop"), 1 - self.layerdrop)
-            y = jnp.where(keep, y, x)
-        return y, mlp
+        return self.unless_dropped(y, x, train), mlp
 
     def _mlp(self, x, train):
         init = nn.initializers.normal(0.02)
