@@ -14,7 +14,7 @@ log = logging.getLogger("speechjax")
 
 
 def fresh_state(task: Any, init: Any, abstract: State, start_from: str) -> State:
-    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `start_from`, then what the task makes of it."""
+    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `start_from`, then by the task's start."""
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     params = warm_start(state.params, start_from) if start_from else state.params
