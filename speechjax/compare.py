@@ -30,23 +30,22 @@ log = logging.getLogger("speechjax")
 
 
 class Experiment(NamedTuple):
-    """A config file of configs/pretrain with its argument, overrides, and where its targets come from.
+    """A config file of configs/pretrain with its argument, and where its targets come from.
 
     `units`: "mfcc", or "NAME:LAYER" of an experiment before it.  `teacher`: an experiment before it.
     """
 
     config: str
     arg: str = "size=tiny"
-    overrides: tuple[str, ...] = ()
     units: str = ""
     teacher: str = ""
 
 
 EXPERIMENTS = {
-    "wav2vec2": Experiment("wav2vec2", overrides=("data.batch_seconds=16.0", "data.row_multiple=4")),
+    "wav2vec2": Experiment("wav2vec2"),
     "hubert_1": Experiment("hubert", "size=tiny,iteration=1", units="mfcc"),
-    "hubert_2": Experiment("hubert", "size=tiny,iteration=2", units="hubert_1:3"),
-    "wavlm": Experiment("wavlm", overrides=("task.unit_hop=320",), units="hubert_1:3"),
+    "hubert_2": Experiment("hubert", "size=tiny,iteration=2", units="hubert_1:2"),
+    "wavlm": Experiment("wavlm", units="hubert_1:2"),
     "data2vec": Experiment("data2vec"),
     "data2vec2": Experiment("data2vec", "size=tiny2"),
     "best_rq": Experiment("best_rq"),
@@ -123,7 +122,7 @@ def _train(name: str, workdir: Path, args: argparse.Namespace) -> None:
     given = [text.partition(":")[2] for text in args.set if text.partition(":")[0] in (name, "*")]
     arg = next((text.removeprefix("arg=") for text in given if text.startswith("arg=")), experiment.arg)
     spec = f"{args.configs / experiment.config}.py:{arg}"
-    overrides = [*experiment.overrides, *(text for text in given if not text.startswith("arg="))]
+    overrides = [text for text in given if not text.startswith("arg=")]
     config: Any = configs.load(spec, overrides)
     steps = max(1, round(args.hours * 3600 / config.data.batch_seconds))
     overrides += [

@@ -8,7 +8,7 @@ size=paper        three residual GRU layers of 512 on 80 log-mels, five frames a
 size=vq           VQ-APC (Chung et al. 2020, https://arxiv.org/abs/2005.08392): 512 codes behind the last layer.
 size=transformer  ours: HuBERT Base's size, causal, at the paper's frame rate.
 size=linear       no encoder: one linear map from a frame to that ahead.
-size=tiny         ours, for a CPU: three GRU layers of 256.
+size=tiny         ours, for a CPU: three GRU layers of 128.
 
 Published models normalise over the utterance, which looks ahead; so do these.  To have none of it, set
 model.frontend.normalize=none.  Their encoders have no projection before the first layer, and no norm after the last.
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     sizes = dict(
         vq=dict(task=dict(codes=512)),
         linear=dict(model=dict(layers=0)),
-        tiny=dict(model=dict(width=256)) | presets.tiny(),
+        tiny=dict(model=dict(width=128)) | presets.tiny(),
     )
     config.update(sizes.get(args["size"], {}))
     if args["smoke"]:

@@ -10,7 +10,7 @@ size=mockingjay  Mockingjay (Liu et al. 2019, https://arxiv.org/abs/1910.12638):
 size=audio_mae   Audio-MAE (Huang et al. 2022, https://arxiv.org/abs/2207.06405): ViT-B on patches of 16 x 16, of which
                  80 % are hidden; on AudioSet-2M then, fine-tuned, 47.3 mAP.  Its decoder has 16 layers with local
                  attention, ours eight that see all.
-size=tiny        ours, for a CPU: TERA with four layers of 256.
+size=tiny        ours, for a CPU: TERA with three layers of 128.
 
 Arguments after the colon: size, and smoke (two steps of a miniature, for tests).
 """
@@ -72,9 +72,9 @@ def audio_mae() -> dict:
 
 
 def tiny() -> dict:
-    """3.6 M parameters, float32, at 50 Hz."""
+    """Float32, at 50 Hz."""
     config = ConfigDict(tera() | dict(model=presets.spectral("tiny", factor=2)))
-    config.update(presets.tiny(5e-4))
+    config.update(presets.tiny())
     return config.to_dict()
 
 

@@ -11,7 +11,7 @@ mode=ctc     from transcripts, which eSpeak NG turns into phonemes of one langua
              without a transcript teach nothing, nor do crops: config.data.crop_seconds must hold most recordings.
 
 size=base    HuBERT Base's encoder and optimizer, 100 k updates of 47 min.  Nothing is published for it.
-size=tiny    for a CPU, on log-mel frames.
+size=tiny    for a CPU.
 
 Arguments after the colon: size, mode, and smoke (two steps of a miniature, for tests).
 """
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), mode=("frames", "ctc"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.spectral("tiny", subsample="conv"))
+        config.model = ConfigDict(presets.waveform("tiny"))
         config.update(presets.tiny())
     if args["mode"] == "ctc":
         config.update(ctc(args["size"]))
@@ -68,5 +68,5 @@ def smoke(size: str, mode: str) -> dict:
     if mode == "ctc":
         config["data"] |= dict(crop_seconds=15.0)
     config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(conv_channels=4, embedding=16) if size == "tiny" else dict(channels=(16,) * 7)
+    config["model"]["frontend"] = dict(channels=(16,) * 7)
     return config

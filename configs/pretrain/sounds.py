@@ -9,7 +9,7 @@ The classes are a field of the recordings' metadata (config.data.label=meta:spea
 https://arxiv.org/abs/1803.10963), over a learned sum of the layers.
 
 size=base    HuBERT Base's encoder and optimizer on crops of 4 s, 100 k updates of 47 min.  Nothing is published for it.
-size=tiny    for a CPU, on log-mel frames: speakers of the built-in corpus.
+size=tiny    for a CPU: speakers of the built-in corpus.
 
 Arguments after the colon: size, and smoke (two steps of a miniature, for tests).
 """
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.spectral("tiny", subsample="conv"))
+        config.model = ConfigDict(presets.waveform("tiny"))
         config.update(tiny())
     if args["smoke"]:
         config.update(smoke(args["size"]))
@@ -51,7 +51,7 @@ def base() -> dict:
 
 
 def tiny() -> dict:
-    """4 M parameters, float32; 2 s a row, so that a batch holds several classes."""
+    """0.9 M parameters, float32; 2 s a row, so that a batch holds several classes."""
     config = presets.tiny()
     config["data"] |= dict(crop_seconds=2.0, shapes=1)
     return config
@@ -62,5 +62,5 @@ def smoke(size: str) -> dict:
     config = presets.smoke(layers=dict(base=2, tiny=1)[size])
     config["task"] = dict(pooling_hidden=8, mask_prob=0.5, mask_span=5)
     config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(conv_channels=4, embedding=16) if size == "tiny" else dict(channels=(16,) * 7)
+    config["model"]["frontend"] = dict(channels=(16,) * 7)
     return config

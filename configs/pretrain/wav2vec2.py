@@ -6,7 +6,7 @@
 size=base   the paper's Base on LibriSpeech: 400 k updates of 1.56 h of audio; then, fine-tuned on 100 h, 6.1/13.3 %
             word error on test-clean/other without a language model (appendix, table 9).
 size=large  the paper's Large on LibriVox: 600 k updates of 2.67 h; 3.1/6.3 % under the same conditions.
-size=tiny   ours, for a CPU: Base's recipe at a hundredth of the work; what to expect is in BUILD_NOTES.md.
+size=tiny   ours, for a CPU: Base's recipe at a hundredth of the size; what to expect is in BUILD_NOTES.md.
 
 Arguments after the colon: size, and smoke (two steps of a miniature, for tests).
 """
@@ -72,19 +72,19 @@ def large() -> dict:
 
 
 def tiny() -> dict:
-    """4.0 M parameters, float32: about an hour on two CPU cores over a few hours of speech."""
-    return dict(
+    """0.9 M parameters, float32: some ten minutes on two CPU cores over a few hours of speech."""
+    return presets.tiny() | dict(
         task=dict(
-            codes=64, code_dim=128, projection=128, gumbel_decay=0.9993, feature_dropout=0.05,
-            feature_grad_scale=1.0, feature_penalty=1.0,
+            codes=64,
+            code_dim=128,
+            projection=128,
+            gumbel_decay=0.9993,
+            feature_dropout=0.05,
+            feature_grad_scale=1.0,
+            feature_penalty=1.0,
         ),
         model=presets.waveform("tiny"),
-        data=dict(
-            crop_seconds=4.0, batch_seconds=32.0, shapes=3, row_multiple=8, min_seconds=0.25, valid_seconds=120.0,
-        ),
-        optim=dict(learning_rate=1e-3, warmup=250, clip_norm=5.0),
-        train=dict(steps=3000, log_every=20, checkpoint_every=200, eval_every=200),
-    )  # fmt: skip
+    )
 
 
 def smoke(size: str) -> dict:
