@@ -125,16 +125,17 @@ def _train(name: str, workdir: Path, args: argparse.Namespace) -> None:
     overrides = [text for text in given if not text.startswith("arg=")]
     config: Any = configs.load(spec, overrides)
     steps = max(1, round(args.hours * 3600 / config.data.batch_seconds))
-    overrides += [
+    own = [
         f"data.source={args.source}", f"train.steps={steps}", f"train.eval_every={steps}", f"train.seed={args.seed}",
     ]  # fmt: skip
     if args.held_out:
-        overrides.append(f"data.exclude={_held_out(args)}")
+        own.append(f"data.exclude={_held_out(args)}")
     if experiment.units:
-        overrides.append(f"data.units=labels:{_label(experiment.units, args)}")
+        own.append(f"data.units=labels:{_label(experiment.units, args)}")
     if experiment.teacher:
-        overrides.append(f"task.teacher={_needed(experiment.teacher, name, args)}")
-    command = ["speechjax.main", f"--config={spec}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+        own.append(f"task.teacher={_needed(experiment.teacher, name, args)}")
+    flags = [f"--config.{override}" for override in (*own, *overrides)]  # the user's last: they win
+    command = ["speechjax.main", f"--config={spec}", f"--workdir={workdir}", *flags]
     peak = _call(command, args.out / f"{name}.log")
     (workdir / "trained.json").write_text(json.dumps({"peak_bytes": peak, "command": command}, indent=1) + "\n")
 
