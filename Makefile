@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev
 
-.PHONY: quickstart compare test quick lint clean
+.PHONY: quickstart compare test slow lint clean
 
 # A stamp newer than what it was made from means the environment is whole; an interrupted install leaves none.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,10 +23,11 @@ compare: $(VENV)/.installed
 	$(BIN)/python -m speechjax.compare --out=runs/compare $(ARGS)
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+# Real processes, whole runs and the golden first steps of every objective.
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

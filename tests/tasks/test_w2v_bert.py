@@ -331,5 +331,6 @@ def test_both_modules_need_a_layer(layers):
 def test_configs_are_sound(arg, layers, below):
     config = configs.load(f"configs/pretrain/w2v_bert.py:{arg}")
     assert (config.model.layers, config.task.contrastive_layers) == (layers, below)
-    assert config.task.mask_prob / config.task.mask_span == pytest.approx(0.065)
+    if "tiny" not in arg:
+        assert config.task.mask_prob / config.task.mask_span == pytest.approx(0.065)
     assert configs.task_class("w2v_bert") is W2vBert
