@@ -1,5 +1,6 @@
 """The optimizer: optax AdamW behind path rules."""
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -63,19 +64,21 @@ def make_optimizer(
     """
     rate = schedule(learning_rate=learning_rate, warmup=warmup, steps=steps, hold=hold, decay=decay, floor=floor)
     rules = tuple((pattern, float(value)) for pattern, value in weight_decay)
+    # What is frozen has no gradient, for clipping and momentum; and no update, whatever decay and old momentum say.
+    frozen = [_freeze(freeze)] if freeze else []
     transforms = [
+        *frozen,
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.scale_by_adam(b1, b2, eps),
         _decay(rules),
         optax.scale_by_learning_rate(rate),
+        *frozen,
     ]
-    if freeze:  # last, so that neither momentum nor decay moves what is frozen
-        transforms.append(_freeze(freeze))
     return optax.chain(*transforms), rate
 
 
 def _freeze(rules: Sequence[tuple[str, int, int]]) -> optax.GradientTransformation:
-    """Updates of what is frozen become zero."""
+    """Updates of what is frozen become zero.  Raises UserError for a rule that fits no parameter."""
     times = (*((pattern, (begin, end)) for pattern, begin, end in rules), (".*", None))
 
     def update(updates, state, params=None):
@@ -90,7 +93,13 @@ def _freeze(rules: Sequence[tuple[str, int, int]]) -> optax.GradientTransformati
         updates = jax.tree_util.tree_map_with_path(apply, updates)
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+    def init(params):
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if idle := [rule[0] for rule in rules if not any(re.search(rule[0], name) for name in names)]:
+            raise UserError(f"config.optim.freeze: {idle[0]!r} fits no parameter, e.g. {names[0]!r}")
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decay(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:

@@ -1,12 +1,14 @@
 """Parameters of another run to begin with: continued pretraining, and models that contain another's encoder."""
 
 import logging
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from speechjax.errors import UserError
+from speechjax.paths import path_name
 from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State
 
@@ -17,30 +19,57 @@ def fresh_state(task: Any, init: Any, abstract: State, start_from: str) -> State
     """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `start_from`, then by the task's start."""
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
-    params = warm_start(state.params, start_from) if start_from else state.params
-    params, extra = task.start(params, state.extra)
+    begun = (state.params, state.extra)
+    params, extra = task.start(*(warm_start(*begun, start_from) if start_from else begun))
     return jax.device_put(state.replace(params=params, extra=extra), place)
 
 
-def warm_start(params: Any, source: str) -> Any:
-    """`params` with everything that the checkpoint `source` has under the same path and in the same shape.
+def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:
+    """(params, extra) with everything that the checkpoint `source` has under the same path and in the same shape.
 
-    Heads may differ: they begin anew.  Raises UserError where the encoders differ in shape, or share nothing.
+    Heads may differ: they begin anew.  The state beside the parameters comes along, because a head that has learnt the
+    codes of one codebook knows nothing of another's.  Raises UserError where the encoders differ in shape or layers,
+    or share nothing.
     """
     checkpoint = find_checkpoint(source)
-    theirs: dict[str, Any] = flatten_dict(read_weights(checkpoint)[0], sep="/")
-    ours: dict[str, Any] = flatten_dict(params, sep="/")
-    shared = [k for k in ours if k in theirs]
-    other = [k for k in shared if ours[k].shape != theirs[k].shape]
-    if unlike := [k for k in other if k.startswith("encoder/")]:
+    saved = read_weights(checkpoint)
+    theirs, ours = _named(saved[0]), _named(params)
+    encoder = [k for k in ours if k.startswith("encoder/")]
+    if not any(k in theirs for k in encoder):
+        raise UserError(f"config.train.start_from={source!r} shares no parameter of the encoder with this model")
+    if unlike := [k for k in encoder if k in theirs and ours[k].shape != theirs[k].shape]:
         shown = "; ".join(f"{k}: {theirs[k].shape} there, {ours[k].shape} here" for k in unlike[:2])
         raise UserError(f"config.train.start_from={source!r} has another encoder ({shown}); use its model block")
-    taken = {k: theirs[k].astype(ours[k].dtype) for k in shared if k not in other}
-    if not any(k.startswith("encoder/") for k in taken):
-        raise UserError(f"config.train.start_from={source!r} shares no parameter of the encoder with this model")
-    new = [k for k in ours if k not in taken]
+    if lost := sorted(_layers(ours) - _layers(theirs)):
+        raise UserError(
+            f"config.train.start_from={source!r} has no {lost[0]}: use its config.model.layers and config.model.scan"
+        )
+    new = [k for k in ours if not _fits(ours[k], theirs.get(k))]
     log.info(
         "%d of %d parameter arrays come from %s; new: %s",
-        len(taken), len(ours), checkpoint, ", ".join(new[:6]) + (", ..." if len(new) > 6 else "") or "none",
+        len(ours) - len(new), len(ours), checkpoint, ", ".join(new[:6]) + (", ..." if len(new) > 6 else "") or "none",
     )  # fmt: skip
-    return unflatten_dict(ours | taken, sep="/")
+    return _over(params, theirs), _over(extra, _named(saved[1]))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _fits(ours: Any, theirs: Any) -> bool:
+    return theirs is not None and ours.shape == theirs.shape
+
+
+def _over(tree: Any, theirs: dict[str, Any]) -> Any:
+    """`tree` with the leaves of `theirs` where they fit."""
+
+    def leaf(path, ours):
+        found: Any = theirs.get(path_name(path))
+        return found.astype(ours.dtype) if _fits(ours, found) else ours
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """Names of the encoder's layers; those of a scan have one name together."""
+    return {found[0] for name in names if (found := re.match(r"encoder/transformer/layers?\d*(?=/)", name))}

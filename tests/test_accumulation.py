@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from speechjax import sharding
-from speechjax.step import init_state, micro_batches, train_step
+from speechjax.step import init_state, micro_batches, stream_keys, train_step
 from speechjax.tasks._base import sow_sum
 
 
@@ -61,6 +61,40 @@ def test_parts_are_the_whole(parts):
     jax.tree.map(close, cut[0].params, whole[0].params)
     jax.tree.map(close, cut[1], whole[1])
     assert float(cut[0].extra["running"]["total"]) == 29 == float(whole[0].extra["running"]["total"])
+
+
+def test_every_part_has_its_own_randomness_and_state_moves_once():
+    """A task that masks at random and keeps a moving average, against a loop over the parts."""
+
+    class Masked(Regression):
+        def __call__(self, batch, *, step, train):
+            drawn = jax.random.bernoulli(self.make_rng("dropout"), 0.5, batch["lengths"].shape)
+            return super().__call__({**batch, "lengths": jnp.where(drawn, batch["lengths"], 0)}, step=step, train=train)
+
+        def after_step(self, params, extra, sums, step):
+            return {"running": {"total": 0.5 * extra["running"]["total"] + sums["valid"]}}
+
+    task, batch, parts = Masked(), make_batch(), 4
+    begun = init_state(task, optax.sgd(0.1), 0, batch)
+    after, meters = step(parts, task=task)
+    key = stream_keys(task, 0, jnp.int32(0))["dropout"]
+    valid, pairs = [], []
+    for part in range(parts):
+        rows = {k: v[part::parts] for k, v in batch.items()}
+        (losses, _), sown = task.apply(
+            {"params": begun.params, **begun.extra}, rows, step=begun.step, train=True,
+            rngs={"dropout": jax.random.fold_in(key, part)}, mutable=["sums"],
+        )  # fmt: skip
+        valid.append(float(sown["sums"]["valid"]))
+        pairs.append(losses)
+    assert len(set(valid)) > 1, "parts differ"
+    assert float(after.extra["running"]["total"]) == sum(valid)  # 0.5 * 0 + all of them, once
+    assert int(after.step) == 1
+    for name in ("error", "long"):
+        total = [sum(float(losses[name][i]) for losses in pairs) for i in (0, 1)]
+        np.testing.assert_allclose(meters[name], total, rtol=1e-6)
+    expected = sum(sum(float(p[n][0]) for p in pairs) / sum(float(p[n][1]) for p in pairs) for n in ("error", "long"))
+    assert float(meters["loss"][0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_parts_on_four_devices_are_the_whole():

@@ -1,5 +1,6 @@
 """The optimizer against closed forms and against AdamW written out in numpy."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from flax.traverse_util import flatten_dict
 from speechjax import config
 from speechjax.errors import UserError
 from speechjax.optim import make_optimizer, schedule
+from speechjax.paths import path_name
+from speechjax.step import init_state
+from tests.tasks.experiments import make_batch
 
 REPO = Path(__file__).resolve().parent.parent
 ADAM = dict(b1=0.9, b2=0.98, eps=1e-6)
@@ -196,3 +200,33 @@ def test_frozen_parameters_stay_and_others_move():
     np.testing.assert_array_equal(front != 0, [True, True, False, False, True, True])
     np.testing.assert_array_equal(always, 0)  # neither decay nor momentum
     assert np.all(rest != 0)
+
+
+def test_what_is_frozen_takes_no_part_in_clipping():
+    """Gradients 3 and 4: clipped to 1 together they are 0.6 and 0.8; the first alone becomes 1."""
+    options: Any = dict(steps=9, learning_rate=1.0, warmup=0, weight_decay=((".*", 0.0),), clip_norm=1.0, **ADAM)
+    params = {"moves": jnp.zeros(()), "stays": jnp.zeros(())}
+    for freeze, expected in (((), 0.6), ((("stays", 0, -1),), 1.0)):
+        tx, _ = make_optimizer(**options, freeze=freeze)
+        _, state = tx.update({"moves": jnp.float32(3), "stays": jnp.float32(4)}, tx.init(params), params)
+        assert float(optax.tree.get(state, "mu")["moves"]) == pytest.approx((1 - ADAM["b1"]) * expected)
+
+
+def test_a_freeze_rule_that_fits_nothing_is_named():
+    options: Any = dict(steps=9, learning_rate=1.0, warmup=0, weight_decay=((".*", 0.0),), clip_norm=1.0, **ADAM)
+    tx, _ = make_optimizer(**options, freeze=(("^front/", 0, -1), ("^frnt/", 0, -1)))
+    with pytest.raises(UserError, match=r"config.optim.freeze: '\^frnt/' fits no parameter, e.g. 'front/w'"):
+        tx.init({"front": {"w": jnp.ones(3)}})
+
+
+@pytest.mark.parametrize("spec", ["data2vec.py:size=tiny", "data2vec.py:size=tiny2", "spidr.py:size=tiny", "spidr.py"])
+def test_published_rules_freeze_the_front_end_and_nothing_else(spec):
+    loaded = config.load(f"{REPO}/configs/pretrain/{spec}{',' if ':' in spec else ':'}smoke")
+    task = config.make_task(loaded)
+    batch = make_batch(task)
+    params = jax.eval_shape(lambda: init_state(task, optax.identity(), 0, batch)).params
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    frozen = [name for name in names if any(re.search(rule[0], name) for rule in loaded.optim.freeze)]
+    parts = ("encoder/front/", "encoder/feature_norm/", "encoder/projection/")
+    assert frozen
+    assert frozen == [name for name in names if name.startswith(parts)]

@@ -1,18 +1,21 @@
 """Continued pretraining: what is taken over, what begins anew, and every mistake."""
 
+import functools
 import logging
 import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
 from speechjax.checkpoint import Checkpoints
 from speechjax.errors import UserError
 from speechjax.runs import find_checkpoint, read_weights
-from speechjax.step import State
-from speechjax.warm_start import warm_start
+from speechjax.step import State, init_state
+from speechjax.warm_start import fresh_state, warm_start
+from tests.tasks.experiments import experiment, make_batch
 
 
 def make_state(seed: int = 0, width: int = 3, codes: int = 5) -> State:
@@ -51,13 +54,51 @@ def test_reads_the_named_checkpoint_and_only_the_part_asked_for(run):
 def test_the_encoder_is_taken_and_another_head_begins_anew(run, caplog):
     fresh = make_state(9, codes=7).params
     with caplog.at_level(logging.INFO, "speechjax"):
-        params = flatten_dict(warm_start(fresh, f"{run}@2"), sep="/")
+        params = flatten_dict(warm_start(fresh, {}, f"{run}@2")[0], sep="/")
     there = flatten_dict(make_state(2).params, sep="/")
     for name in ("encoder/front", "encoder/layer0/kernel"):
         np.testing.assert_array_equal(params[name], there[name])
     np.testing.assert_array_equal(params["head"], fresh["head"])
     assert "2 of 3 parameter arrays" in caplog.text
     assert "new: head" in caplog.text
+
+
+def test_layers_that_are_not_there_are_no_start(run):
+    """A model whose layers have other names would begin with a trained front end and random layers."""
+    fresh = make_state(9).params
+    encoder = {"front": fresh["encoder"]["front"], "transformer": {"layers": {"kernel": np.zeros((2, 3, 3))}}}
+    with pytest.raises(UserError, match=r"has no encoder/transformer/layers: use its config.model.layers and .*scan"):
+        warm_start({**fresh, "encoder": encoder}, {}, str(run))
+
+
+@pytest.mark.parametrize("name", ["best_rq", "spidr", "autoencode"])
+def test_heads_come_with_the_codebook_they_have_learnt(name, tmp_path):
+    """Also where the new run's seed draws another one; step and optimizer begin anew."""
+    _, task = experiment(name)
+    tx, batch = optax.adam(1e-3), make_batch(task)
+    begin = [functools.partial(init_state, task, tx, seed, batch) for seed in (0, 1)]
+    there = jax.jit(begin[0])()
+    moved = jax.tree.map(lambda x: x + 0.5, there.params), jax.tree.map(lambda x: x * 2, there.extra)
+    there = there.replace(step=jax.numpy.int32(7), params=moved[0], extra=moved[1])
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(7, there, {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(begin[1])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    state = fresh_state(task, begin[1], abstract, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, state.params, there.params)
+    assert set(state.extra) == set(there.extra)
+    for kind in set(state.extra) - {"teacher"}:
+        jax.tree.map(np.testing.assert_array_equal, state.extra[kind], there.extra[kind])
+    if "teacher" in state.extra:  # begins as a copy of the student that the run begins with
+        ours = flatten_dict(state.extra["teacher"]["transformer"], sep="/")
+        theirs = flatten_dict(there.params["encoder"]["transformer"], sep="/")
+        assert ours
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key])
+    assert int(state.step) == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
 
 
 def test_reading_leaves_a_live_run_as_it_is(run):
@@ -77,9 +118,9 @@ def test_mistakes_are_named(run, tmp_path):
         with pytest.raises(UserError, match=re.escape(message)):
             find_checkpoint(source)
     with pytest.raises(UserError, match=r"another encoder \(encoder/front: \(4, 3\) there, \(4, 2\) here"):
-        warm_start(make_state(width=2).params, str(run))
+        warm_start(make_state(width=2).params, {}, str(run))
     with pytest.raises(UserError, match="shares no parameter of the encoder"):
-        warm_start({"encoder": {"other": np.zeros(3, np.float32)}}, str(run))
+        warm_start({"encoder": {"other": np.zeros(3, np.float32)}}, {}, str(run))
 
 
 def test_a_flipped_byte_is_noticed(run, tmp_path):

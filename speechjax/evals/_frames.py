@@ -137,7 +137,12 @@ def _mine(shape: Shape, host: int, hosts: int) -> slice:
 
 
 def encoder_features(job: Job, layers: Sequence[int]) -> Features:
-    """The hidden states `layers` of the task's encoder."""
+    """The hidden states `layers` of the task's encoder.  Raises UserError if it has several at one time."""
+    if (tokens := job.task.encoder.tokens()) > 1:
+        raise UserError(
+            f"config.evals: this encoder has {tokens} tokens at one time, of which none is that of a phone; "
+            "leave out abx and units (--evals=probe)"
+        )
 
     def compute(params, extra, batch):
         encoded = job.task.apply({"params": params, **extra}, batch, method="features")

@@ -76,9 +76,11 @@ def hidden(which: str, layer: int, mesh: jax.sharding.Mesh) -> Features:
     """Hidden state `layer` of a trained encoder, by `runs.open_run`: 0 the layers' input, n the output of the n-th.
 
     With pre-norm encoders that is the residual stream, not yet normalised.  Raises UserError for a run or a checkpoint
-    that is not there, and for a layer that it does not have.
+    that is not there, for a layer that it does not have, and for encoders with several tokens at one time.
     """
     run = open_run(which, sharding.replicated(mesh))
+    if (tokens := run.task.encoder.tokens()) > 1:
+        raise UserError(f"--features={which}: its encoder has {tokens} tokens at one time; a unit names one frame")
     hop, extra = run.task.encoder.frame_len()
 
     def states(variables, batch):

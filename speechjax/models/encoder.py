@@ -87,6 +87,11 @@ class SpeechEncoder(nn.Module):
         """(samples from one frame to the next, samples the first frame takes beyond that)."""
         return self._detached_front().frame_len()
 
+    def tokens(self) -> int:
+        """Tokens at one time: those of a column of patches, otherwise 1."""
+        front = self._detached_front()
+        return front.grid() if isinstance(front, PatchFrontend) else 1
+
     def packs(self) -> bool:
         """Whether the front end can tell the utterances of a packed row apart."""
         return self._detached_front().packs()

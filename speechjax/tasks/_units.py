@@ -15,6 +15,12 @@ def frame_units(
 
     Raises UserError for units at another rate than `unit_hop`, and for encoders with several tokens at one time.
     """
+    if encoder.tokens() > 1:
+        name = encoder.frontend["name"]
+        raise UserError(
+            f"config.model.frontend.name={name!r}: has several tokens at one time, but units name one frame each; "
+            "use waveform, mel or mfcc"
+        )
     hop, _ = encoder.frame_len()
     samples, units = batch["audio"].shape[1], batch["units"].shape[1]
     if units != samples // unit_hop:
@@ -24,11 +30,5 @@ def frame_units(
         )
     # Integers: a float ratio such as 1.6 rounds below its own multiples.
     index = [t * hop // unit_hop for t in range(frames)]
-    if index and index[-1] >= units:
-        name = encoder.frontend["name"]
-        raise UserError(
-            f"config.model.frontend.name={name!r}: has several tokens at one time, but units name one frame each; "
-            "use waveform, mel or mfcc"
-        )
     found = jnp.take(batch["units"], jnp.array(index, jnp.int32), axis=1)
     return jnp.where(frame_mask(lengths, frames), found, -1)

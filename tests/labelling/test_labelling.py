@@ -12,7 +12,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from speechjax.audio import features as audio_features
 from speechjax.data.records import Records, open_records
@@ -164,6 +164,31 @@ def test_lloyd_over_streamed_windows_equals_scikit_learns_over_all_frames(record
     np.testing.assert_allclose(found.centroids, theirs.cluster_centers_, atol=2e-3)
     assert found.counts.sum() == len(points)  # every frame once, padding and context never
     assert all(b <= a for a, b in zip(progress.inertia, progress.inertia[1:], strict=False))
+
+
+def test_mini_batches_of_streamed_windows_equal_scikit_learns_of_the_same_frames(records, tmp_path, monkeypatch):
+    """The frames of each batch come from the features of whole recordings: no padding and no context among them."""
+    given = material(records, mfcc(), seconds=0.5)
+    whole = [whole_mfcc(records, i) for i in range(len(records))]
+    first = np.concatenate(whole)[:: sum(map(len, whole)) // 6][:6]
+    monkeypatch.setattr(fit, "_initial", lambda *_: jnp.asarray(first))
+    found, progress = fit.fit(given, fit.Recipe(6, passes=2, reassign=0), tmp_path / "fit", {})
+    assert progress.batch == 2 * given.plan.batches_per_epoch > 6
+    theirs, total = MiniBatchKMeans(6, init=first, n_init=1, reassignment_ratio=0), 0
+    for number in range(progress.batch):
+        rows = given.plan.batch(number)
+        example = rows.example[:, 0]
+        w = given.windows.of(example[example >= 0])
+        cut = zip(w.recording, w.first, w.kept, strict=True)
+        points = np.concatenate([whole[i][begin : begin + count] for i, begin, count in cut])
+        assert len(points) == w.kept.sum() < rows.shape.rows * unit_count(rows.shape.samples, 160, 240)
+        theirs.partial_fit(points)
+        total += len(points)
+    assert found.counts.sum() == total
+    np.testing.assert_array_equal(found.counts, theirs._counts)
+    # Float32 means of some hundred frames of values up to 100.
+    np.testing.assert_allclose(found.centroids, theirs.cluster_centers_, atol=2e-3)
+    assert np.abs(found.centroids - first).max() > 1, "negative control: they have moved"
 
 
 @pytest.mark.parametrize("method", ["minibatch", "lloyd"])

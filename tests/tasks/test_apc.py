@@ -285,6 +285,26 @@ def test_vq_apc_counts_its_codes_and_says_when_they_collapse():
     np.testing.assert_allclose(output[0], np.broadcast_to(output[0, :1], output[0].shape), atol=1e-6)
 
 
+def test_code_temperature_shapes_the_gradient_not_the_choice():
+    """Codes are hard, so the loss is the same at any temperature; the soft choice's gradient is not."""
+    variables = make_variables(make_task(codes=12))
+
+    def loss(params, temperature):
+        task = make_task(codes=12, code_temperature=temperature)
+        (losses, _), _ = task.apply(
+            variables | {"params": params}, make_batch(), step=jnp.int32(0), train=True, rngs=streams(task),
+            mutable=["sums"],
+        )  # fmt: skip
+        total, n = losses["prediction"]
+        return total / n
+
+    run = jax.jit(jax.value_and_grad(loss))
+    (hot, first), (cold, last) = (run(variables["params"], temperature) for temperature in (2.0, 0.5))
+    assert float(cold) == pytest.approx(float(hot), rel=1e-6)
+    first, last = (np.asarray(gradient["quantizer"]["logits"]["kernel"]) for gradient in (first, last))
+    assert np.linalg.norm(last - first) > 0.05 * np.linalg.norm(first) > 0
+
+
 def test_one_answer_for_all_frames_raises_an_alarm(model):
     task, variables, run = model
     constant = replaced(variables, "head", kernel=jnp.zeros((16, F)), bias=jnp.full(F, 0.1))

@@ -167,6 +167,18 @@ def test_losses_of_frames_are_the_definitions(discrete):
     assert found["commitment"] == pytest.approx(0.25 * distance, rel=1e-4)
 
 
+def test_sums_and_weights_add_up_over_rows(waveform, discrete):
+    """So that one division by the weight of the whole batch, over devices and micro-batches, is the mean."""
+    for (_, variables, run), counts in ((waveform, (53 * 80 + 85, 35 * 80 + 85)), (discrete, (26 * F, 16 * F))):
+        whole = run(variables, make_batch())[0]
+        parts = [run(variables, make_batch(lengths=LENGTHS * np.int32(row)))[0] for row in ([1, 0, 0], [0, 1, 0])]
+        for name, pair in whole.items():
+            (a, m), (b, n) = (part[name] for part in parts)
+            assert (m, n) == ((13, 8) if name == "commitment" else counts), name
+            assert pair == (pytest.approx(a + b, rel=1e-5), m + n), name  # float32
+            assert abs((a / m + b / n) / 2 / ((a + b) / (m + n)) - 1) > 1e-4, "negative control: mean of means"
+
+
 def test_silence_has_a_finite_gradient():
     """Trap: the gradient of a magnitude, or of its logarithm, at zero."""
     lengths = jnp.array([600], jnp.int32)

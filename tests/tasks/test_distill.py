@@ -149,6 +149,18 @@ def test_the_teacher_has_no_gradient_and_the_student_has(begun):
     assert without == {"encoder/mask_embedding"}  # nothing is masked
 
 
+def test_feature_grad_scale_reaches_the_front_end_only(begun, source):
+    _, run, _, params, extra = begun
+    slow = make_run(make_task(source[0], feature_grad_scale=0.1))
+    full, scaled = (each(params, extra, make_batch())[3][0]["encoder"] for each in (run, slow))
+    for a, b in zip(jax.tree.leaves(full["front"]), jax.tree.leaves(scaled["front"]), strict=True):
+        assert a.any()
+        np.testing.assert_allclose(b, 0.1 * a, atol=1e-5 * np.abs(a).max())  # float32
+    for part in ("feature_norm", "projection"):
+        for a, b in zip(jax.tree.leaves(full[part]), jax.tree.leaves(scaled[part]), strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-6 * np.abs(a).max(), err_msg=part)
+
+
 def test_padding_and_empty_rows_weigh_nothing(begun):
     _, run, _, params, extra = begun
     batch = make_batch()

@@ -38,13 +38,20 @@ def begun(name: str) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def stepped(name: str, devices: int) -> Any:
-    """State and meters after two updates."""
-    task, tx, state = begun(name)
+def program(name: str, devices: int) -> tuple[Any, Any]:
+    """(mesh, the jitted step)."""
+    task, tx, _ = begun(name)
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((devices, 1), ("data", "fsdp"), devices=jax.devices()[:devices], axis_types=auto)
+    return mesh, jax.jit(functools.partial(train_step, task, tx, 0, 10))
+
+
+@functools.cache
+def stepped(name: str, devices: int) -> Any:
+    """State and meters after two updates."""
+    task, _, state = begun(name)
+    mesh, step = program(name, devices)
     with jax.set_mesh(mesh):
-        step = jax.jit(functools.partial(train_step, task, tx, 0, 10))
         state = jax.device_put(state, sharding.replicated(mesh))
         meters = None
         for number in range(2):
@@ -85,6 +92,30 @@ def test_one_device_is_four_devices(name):
             getattr(four[0], tree),
             getattr(one[0], tree),
         )
+
+
+@each
+def test_a_step_that_is_not_finite_leaves_teachers_and_codebooks_alone(name):
+    task, _, state = begun(name)
+    mesh, step = program(name, 1)
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(state.replace(params=broken), sharding.replicated(mesh))
+        after, _ = step(given, sharding.global_batch(mesh, make_batch(task)))
+    assert int(after.skipped) == 1
+    for tree in ("extra", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, tree), getattr(state, tree))
+
+
+@each
+def test_micro_batches_fit_every_task(name):
+    """Traced only: what is in the batch can be cut into parts, and what is sown and weighed added up."""
+    task, tx, state = begun(name)
+    whole, cut = (
+        jax.eval_shape(functools.partial(train_step, task, tx, 0, 10, parts=parts), state, make_batch(task))
+        for parts in (1, 2)
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cut) == jax.tree.map(lambda x: (x.shape, x.dtype), whole)
 
 
 @each

@@ -39,6 +39,13 @@ def model():
     return task, random_params(task), make_run(task)
 
 
+@pytest.fixture(scope="module")
+def penalised():
+    """(task, jitted run) with the published penalty of the features; for the parameters of `model`."""
+    task = make_task(encoder=LARGE)
+    return task, make_run(task)
+
+
 # ------------------------------------------------------------------------------------------- losses
 
 
@@ -131,6 +138,19 @@ def test_one_division_by_the_global_count(model):
     assert 0 < n < m
     assert together["masked"] == (pytest.approx(a + b, rel=1e-5), m + n)  # float32
     assert abs((a / m + b / n) / 2 / ((a + b) / (m + n)) - 1) > 1e-3, "negative control: mean of means"
+
+
+def test_the_feature_penalty_is_a_mean_over_all_frames_and_weighs_what_the_loss_weighs(model, penalised):
+    """As published: mean energy of the features times the count that the loss is divided by, a sum over rows."""
+    _, params, _ = model
+    _, run = penalised
+    rows = [run(params, make_batch(lengths=LENGTHS * np.int32(row)))[0] for row in ([1, 1, 0], [1, 0, 0], [0, 1, 0])]
+    whole, first, second = (losses["feature_penalty"] for losses in rows)
+    assert [losses["feature_penalty"][1] for losses in rows] == [losses["masked"][1] for losses in rows]
+    assert whole[1] == first[1] + second[1] > first[1] > second[1] > 1
+    means = [value / weight for value, weight in (whole, first, second)]
+    assert means[0] == pytest.approx((24 * means[1] + 17 * means[2]) / 41, rel=1e-5)  # float32
+    assert abs(means[1] / means[2] - 1) > 1e-4, "rows must differ"
 
 
 def test_batches_of_nothing_weigh_nothing(model):
@@ -277,6 +297,20 @@ def test_feature_grad_scale_reaches_the_front_end_only(model):
     for a, b in zip(jax.tree.leaves(full["front"]), jax.tree.leaves(scaled["front"]), strict=True):
         np.testing.assert_allclose(b, 0.1 * a, atol=1e-5 * np.abs(a).max())  # float32
     np.testing.assert_allclose(full["projection"]["kernel"], scaled["projection"]["kernel"], atol=1e-6)
+
+
+def test_feature_grad_scale_scales_the_penaltys_gradient_too(model, penalised):
+    """In the published code the penalty is of features whose gradient is scaled already."""
+    _, params, run = model
+    task, with_penalty = penalised
+    slow = make_run(task.clone(feature_grad_scale=0.1, parent=None))
+    full, scaled, without = (
+        jax.tree.leaves(each(params, make_batch())[2]["encoder"]["front"]) for each in (with_penalty, slow, run)
+    )
+    for a, b in zip(full, scaled, strict=True):
+        np.testing.assert_allclose(b, 0.1 * a, atol=1e-5 * np.abs(a).max())  # float32
+    share = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(full, without, strict=True)]
+    assert max(share) > 0.1, "negative control: the penalty has a gradient"
 
 
 def test_randomness_follows_the_key_alone(model):

@@ -222,6 +222,7 @@ def test_one_update_after_another():
     state = state.replace(params=params, extra=extra)
     step = jax.jit(functools.partial(train_step, task, tx, 0, 100))
     leaf = lambda tree: np.asarray(tree["layer1"]["mlp_up"]["kernel"], np.float64)  # noqa: E731
+    np.testing.assert_array_equal(leaf(extra["teacher"]["transformer"]), leaf(params["encoder"]["transformer"]))
     teacher = leaf(state.extra["teacher"]["transformer"])
     sown_by = jax.jit(
         lambda state, rngs: task.apply(
