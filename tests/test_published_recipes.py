@@ -99,7 +99,8 @@ W2V_BERT |= at("task", code_dim=1024, diversity=0.1, contrastive_weight=1.0, pre
 W2V_BERT |= {"model.frontend.factor": 4, "model.attention.positions": "relative"}
 
 RUNS = at("task.alteration", prob=0.15, span=7, zero=0.8, random=0.1) | size(768, 3, 12, 3072) | POST
-RUNS |= peak(2e-4, 70_000, "linear", 1_000_000, b2=0.999, clip_norm=5.0)  # 7 % up
+RUNS |= peak(2e-4, 70_000, "linear", 1_000_000, b2=0.999, eps=1e-8, clip_norm=5.0)  # 7 % up
+RUNS |= {"optim.weight_decay.0.1": 0.0, "optim.weight_decay.-1": (".*", 0.01)}  # biases and gains do not decay
 
 PAPERS = {
     "wav2vec2.py:size=base": (
@@ -113,7 +114,7 @@ PAPERS = {
         | at("task", code_dim=256, projection=256, gumbel_floor=0.5, feature_penalty=10.0, feature_grad_scale=0.1)
         | at("task", feature_dropout=0.1)
     ),
-    # Not here: warm-up (8 % of 600 k updates in the paper) and dropout (0.1); the config has the released code's.
+    # Not here: dropout (0.1 in the paper); the config has the released code's.
     "wav2vec2.py:size=large": (
         WAV2VEC2
         | LARGE
@@ -122,8 +123,7 @@ PAPERS = {
         | BIAS
         | CROP_320K
         | gpus(128, 1.2e6)
-        | at("optim", learning_rate=3e-4, decay="linear")
-        | at("train", steps=600_000)
+        | peak(3e-4, 48_000, "linear", 600_000)  # 8 % up
         | at("task", code_dim=768, projection=768, gumbel_floor=0.1, feature_penalty=0.0, feature_grad_scale=1.0)
         | at("model", layerdrop=0.0)
     ),
@@ -210,7 +210,7 @@ PAPERS = {
         RANDOM_CODES
         | size(576, 12, 8, 2048)
         | dropouts(0.1, 0.1, 0.0)
-        | peak(8e-4, 25_000, "inverse_sqrt", 300_000, b1=0.9, b2=0.98, clip_norm=10.0)
+        | peak(8e-4, 25_000, "inverse_sqrt", 300_000, b1=0.9, b2=0.98, eps=1e-9, clip_norm=10.0)
         | at("optim", weight_decay=((".*", 0.01),))
         | at("task", mask_span=4, noise_std=0.1, mixing=0.0)
         | {"model.frontend.factor": 4, "data.batch_seconds": 7200.0}

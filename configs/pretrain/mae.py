@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from speechjax import presets
 from speechjax.config import parse_arg
 
+# As the published code of both papers: biases and gains do not decay.
+DECAY = dict(eps=1e-8, weight_decay=((r"bias|scale|mask_embedding", 0.0), (".*", 0.01)))
 RUNS = dict(prob=0.15, span=7, zero=0.8, random=0.1)
 
 
@@ -41,7 +43,7 @@ def tera() -> dict:
         ),
         model=model,
         data=presets.data(crop_seconds=16.0, batch_seconds=400.0),
-        optim=presets.optim(2e-4, warmup=70_000, b2=0.999, clip_norm=5.0),
+        optim=presets.optim(2e-4, warmup=70_000, b2=0.999, clip_norm=5.0, **DECAY),
         train=presets.train(1_000_000),
     )  # fmt: skip
 
@@ -65,7 +67,7 @@ def audio_mae() -> dict:
         model=model,
         data=presets.data(crop_seconds=10.24, batch_seconds=5243.0),
         optim=presets.optim(
-            4e-4, warmup=12_000, decay="cosine", b2=0.95, eps=1e-8, weight_decay=((".*", 1e-4),)
+            4e-4, warmup=12_000, decay="cosine", b2=0.95, eps=1e-8, weight_decay=((r"bias|scale", 0.0), (".*", 1e-4))
         ),
         train=presets.train(125_000),
     )  # fmt: skip
