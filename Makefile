@@ -13,9 +13,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m speechjax.main --config=configs/pretrain/wav2vec2.py:size=tiny --workdir=runs/quickstart \
-	    --config.data.source=embedded --config.data.shapes=1 --config.train.steps=360 --config.train.eval_every=120 \
-	    --config.optim.warmup=120 --config.task.gumbel_start=1.0
+	$(BIN)/python -m speechjax.main --config=configs/pretrain/apc.py:size=tiny --workdir=runs/quickstart \
+	    --config.data.source=embedded --config.data.shapes=1 --config.train.steps=800 --config.train.eval_every=200
 
 # Every objective on the same speech, one table: make compare ARGS='--source=folder:/data/speech --hours=4'
 ARGS ?= --source=embedded:2 --hours=2
