@@ -293,7 +293,7 @@ def test_where_how_long_and_how_often_may_change(tmp_path, override):
         ("train.seed=1", "train.seed: 0 -> 1"),
         ("optim.learning_rate=0.5", "optim.learning_rate: 0.001 -> 0.5"),
         ("data.source=folder:x", "data.source: 'embedded' -> 'folder:x'"),
-        ("model.width=512", "model.width: 256 -> 512"),
+        ("model.width=512", "model.width: 128 -> 512"),
         ("model.frontend.kernels=(10, 3)", "model.frontend.kernels: [10, 3, 3, 3, 3, 2, 2] -> [10, 3]"),
     ],
 )
