@@ -140,7 +140,8 @@ def write(folder: Path, title: str, parts: dict[str, Statistics]) -> Path:
 
 def _replace(path: Path, content: bytes) -> None:
     """Whole or not at all: where the disk is full, what was there stays."""
-    scratch = path.with_name(path.name + ".tmp")
+    # A name of this process, not *.tmp: another may be writing the same page, or tidying up before its own attempt.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(scratch, "wb") as file:
             file.write(content)
