@@ -27,10 +27,9 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.waveform("tiny") | dict(layers=1, input_dropout=0.0))
         config.update(tiny())
     if args["smoke"]:
-        config.update(smoke(args["size"]))
+        config.update(smoke())
     return config
 
 
@@ -57,13 +56,13 @@ def tiny() -> dict:
     """One layer, for tiny HuBERT's three."""
     config = presets.tiny()
     config["task"] = dict(layers=(1, 2, 3), feature_grad_scale=1.0)
+    config["model"] = presets.waveform("tiny") | dict(layers=1, input_dropout=0.0)
     return config
 
 
-def smoke(size: str) -> dict:
+def smoke() -> dict:
     """Two steps of a miniature with the same wiring."""
     config = presets.smoke(layers=1)
     config["task"] = dict(teacher="random:layers=2", layers=(1, 2))
-    config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(channels=(16,) * 7)
+    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
     return config

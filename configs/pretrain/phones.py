@@ -26,8 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), mode=("frames", "ctc"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.waveform("tiny"))
-        config.update(presets.tiny())
+        config.update(presets.tiny() | dict(model=presets.waveform("tiny")))
     if args["mode"] == "ctc":
         config.update(ctc(args["size"]))
     if args["smoke"]:
@@ -67,6 +66,5 @@ def smoke(size: str, mode: str) -> dict:
     config["task"] = dict(mask_prob=0.5, mask_span=5)
     if mode == "ctc":
         config["data"] |= dict(crop_seconds=15.0)
-    config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(channels=(16,) * 7)
+    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
     return config

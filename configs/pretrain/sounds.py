@@ -24,7 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), smoke=False)
     config = ConfigDict(base())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.waveform("tiny"))
         config.update(tiny())
     if args["smoke"]:
         config.update(smoke(args["size"]))
@@ -53,6 +52,7 @@ def base() -> dict:
 def tiny() -> dict:
     """0.9 M parameters, float32; 2 s a row, so that a batch holds several classes."""
     config = presets.tiny()
+    config["model"] = presets.waveform("tiny")
     config["data"] |= dict(crop_seconds=2.0, shapes=1)
     return config
 
@@ -61,6 +61,5 @@ def smoke(size: str) -> dict:
     """Two steps of a miniature with the same wiring."""
     config = presets.smoke(layers=dict(base=2, tiny=1)[size])
     config["task"] = dict(pooling_hidden=8, mask_prob=0.5, mask_span=5)
-    config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(channels=(16,) * 7)
+    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
     return config

@@ -34,7 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if args["size"] == "large":
         config.update(large())
     if args["size"] == "tiny":
-        config.model = ConfigDict(presets.waveform("tiny") | dict(attention=GATED_BUCKETS))
         config.update(tiny())
     if args["smoke"]:
         config.update(smoke(args["size"]))
@@ -83,6 +82,7 @@ def tiny() -> dict:
     """HuBERT's `tiny`: 0.9 M parameters, float32."""
     config = presets.tiny()
     config["task"] = presets.SHORT_MASKS | dict(codes=100, projection=128, feature_grad_scale=1.0, feature_penalty=0.0)
+    config["model"] = presets.waveform("tiny")
     return config
 
 
@@ -90,7 +90,6 @@ def smoke(size: str) -> dict:
     """Two steps of a miniature with the same wiring, on phones in place of clusters, every row mixed."""
     config = presets.smoke(layers=dict(base=2, base_plus=2, tiny=1).get(size, 3))
     config["task"] = dict(codes=256, unit_hop=160, projection=16, mix_prob=1.0)
-    config["model"] |= dict(positions=dict(kernel=16, groups=4))
-    config["model"]["frontend"] = dict(channels=(16,) * 7)
+    config["model"] |= dict(frontend=dict(channels=(16,) * 7), positions=dict(kernel=16, groups=4))
     config["data"]["units"] = "phones"
     return config

@@ -1,7 +1,7 @@
 """Fixtures of the data tests."""
 
 import pytest
-from counting import OPTIONS
+from memory import OPTIONS
 
 from speechjax.data import pipeline
 

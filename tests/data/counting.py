@@ -9,11 +9,6 @@ from speechjax.data.units import UnitWriter, identities, unit_count
 
 HOP, EXTRA = 20, 5
 PHONE_HOP = 160
-OPTIONS = dict(
-    source="memory", seed=1, row_divisor=4, frame_len=(20, 5), segment_align=40, workdir=None, temperature=1.0,
-    crop_seconds=250 / 16000, batch_seconds=1000 / 16000, shapes=2, fill=False, row_multiple=4, min_seconds=0.0,
-    valid_seconds=10.0, include="", exclude="", text="", text_steps="", max_bad_share=0.5, cache_dir="",
-)  # fmt: skip
 
 
 def make_records(lengths, hop=HOP, **more):

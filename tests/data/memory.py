@@ -9,6 +9,13 @@ from speechjax.data.mixture import Part
 from speechjax.data.records import Opened, Records
 from speechjax.data.shards import UnreadableError, id_key
 
+# The data block of a config, and what a run adds to it, for corpora of a few hundred samples a recording.
+OPTIONS = dict(
+    source="memory", seed=1, row_divisor=4, frame_len=(20, 5), segment_align=40, workdir=None, temperature=1.0,
+    crop_seconds=250 / 16000, batch_seconds=1000 / 16000, shapes=2, fill=False, row_multiple=4, min_seconds=0.0,
+    valid_seconds=10.0, include="", exclude="", text="", text_steps="", max_bad_share=0.1, cache_dir="",
+)  # fmt: skip
+
 
 class MemoryShards:
     """Recordings of noise; each `row` of them can be broken."""

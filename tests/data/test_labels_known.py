@@ -5,7 +5,8 @@ import logging
 
 import numpy as np
 import pytest
-from counting import CASES, OPTIONS, PHONE_HOP, make_records, random_lengths, segments_of
+from counting import CASES, PHONE_HOP, make_records, random_lengths, segments_of
+from memory import OPTIONS
 
 from speechjax.data import pipeline
 from speechjax.data.labels import read_classes, read_units

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from memory import memory_records as make_records
 
-from speechjax.data import pipeline
 from speechjax.data.fill import FillPlan
 from speechjax.data.pipeline import Data, batch_spec, read_rows
 from speechjax.data.plan import Plan, Shape
@@ -15,26 +14,10 @@ from speechjax.errors import UserError
 
 KINDS = dict(audio=np.int16, lengths=np.int32, mean=np.float32, std=np.float32, unread=np.int32)
 SHAPES = [Shape(4, 100), Shape(4, 250)]
-OPTIONS = dict(
-    source="memory", seed=1, row_divisor=4, frame_len=(20, 5), segment_align=40, workdir=None, temperature=1.0,
-    crop_seconds=250 / 16000, batch_seconds=1000 / 16000, shapes=2, fill=False, row_multiple=4, min_seconds=0.0,
-    valid_seconds=10.0, include="", exclude="", text="", text_steps="", max_bad_share=0.1, cache_dir="",
-)  # fmt: skip
 
 
 def random_lengths(n, seed=0):
     return np.random.default_rng(seed).integers(20, 400, n)
-
-
-@pytest.fixture
-def open_memory(monkeypatch):
-    """`open_data` over records made by hand."""
-
-    def opened(records, **changes):
-        monkeypatch.setattr(pipeline, "open_records", lambda source, **filters: records)
-        return pipeline.open_data(**{**OPTIONS, **changes})
-
-    return opened
 
 
 def make_data(records, train, seed, **more):

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.drawing import draw_params
 
@@ -41,3 +42,13 @@ def make_run(task):
         return *jax.tree.map(np.asarray, aux), jax.tree.map(np.asarray, gradient)
 
     return call
+
+
+def assert_temperature_shapes_gradients(run, params) -> None:
+    """Codes are hard, so the losses of both ends of the schedule are the same; the soft choice's gradient is not."""
+    (hot, shown, first), (cold, end, last) = (run(params, make_batch(), step=step) for step in (0, 10**6))
+    assert (shown["gumbel_temperature"][0], end["gumbel_temperature"][0]) == (2, 0.5)
+    for name, (value, weight) in hot.items():
+        assert cold[name] == (pytest.approx(value, rel=1e-6), weight), name
+    first, last = (gradient["quantizer"]["logits"]["kernel"] for gradient in (first, last))
+    assert np.linalg.norm(last - first) > 0.05 * np.linalg.norm(first)
