@@ -89,8 +89,7 @@ class SpeechEncoder(nn.Module):
 
     def tokens(self) -> int:
         """Tokens at one time: those of a column of patches, otherwise 1."""
-        front = self._detached_front()
-        return front.grid() if isinstance(front, PatchFrontend) else 1
+        return self._detached_front().tokens()
 
     def packs(self) -> bool:
         """Whether the front end can tell the utterances of a packed row apart."""

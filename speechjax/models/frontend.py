@@ -138,6 +138,10 @@ class WaveformExtractor(nn.Module):
         """Whether rows may hold several utterances: not with statistics over time, which would mix them."""
         return self.norm != "group"
 
+    def tokens(self) -> int:
+        """Tokens at one time."""
+        return 1
+
     @nn.compact
     def __call__(
         self,

@@ -103,6 +103,10 @@ class SpectralFrontend(nn.Module):
         """Whether rows may hold several utterances: not yet."""
         return False
 
+    def tokens(self) -> int:
+        """Tokens at one time."""
+        return 1
+
     def spectrum(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Unnormalised frames at 100 Hz: int16 or float [B, S], [B] -> float32 [B, N, F], [B]."""
         return log_mel(audio, lengths, convention=self.convention, n_mels=self.n_mels)
@@ -273,6 +277,10 @@ class PatchFrontend(SpectralFrontend):
     def out_len(self, samples: Any) -> Any:
         """Tokens made of `samples`, an int or an int32 array of them: a multiple of `grid()`."""
         return self._frames(samples) // self.patch[0] * self.grid()
+
+    def tokens(self) -> int:
+        """Tokens at one time: a column."""
+        return self.grid()
 
     def frame_len(self) -> tuple[int, int]:
         """(hop, extra) in samples of a column, not a token: `hop n + extra` samples make n `grid()` tokens."""
