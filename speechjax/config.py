@@ -54,11 +54,39 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     config = module.get_config(arg)
+    for text in overrides:
+        if text.startswith("init_from="):  # first, because it says what the model is
+            override(config, text)
+    complete_model(config)
     config.lock()
     for text in overrides:
         override(config, text)
     check(config)
     return config
+
+
+def complete_model(config: ConfigDict) -> None:
+    """A model block without an encoder gets that of the run `init_from`, or wav2vec 2.0 Base's.
+
+    So fine-tuning says how to train, and the checkpoint what.  Raises UserError where there is no such run.
+    """
+    from speechjax import presets, runs
+
+    if {"frontend", "width", "layers"} & set(config.model):
+        return
+    if config.init_from:
+        checkpoint = runs.find_checkpoint(config.init_from)
+        there = runs.read_config(checkpoint.parent.parent).model.to_dict()
+    else:
+        there = presets.waveform("base")
+    config.model = ConfigDict(_filled(config.model.to_dict(), there))
+
+
+def _filled(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _filled(v, theirs[k]) for k, v in mine.items() if isinstance(v, dict) and isinstance(theirs.get(k), dict)
+    }
+    return {**theirs, **mine, **both}
 
 
 def override(config: ConfigDict, text: str) -> None:
@@ -144,7 +172,7 @@ def check(config: ConfigDict) -> None:
     from speechjax import optim, sharding, train
     from speechjax.data import pipeline
 
-    blocks = {"data", "evals", "mesh", "model", "optim", "task", "train"}
+    blocks = {"data", "evals", "init_from", "mesh", "model", "optim", "task", "train"}
     if set(config) != blocks:
         raise UserError(f"a config has the blocks {', '.join(sorted(blocks))}; this one: {', '.join(sorted(config))}")
     named = {"config.task": config.task, "config.model.frontend": config.model.frontend}
@@ -205,7 +233,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json, or refuses a workdir whose experiment is another one.
 
     What may differ from an earlier run: where it runs (mesh, cache), how often it logs, saves and evaluates, how long
-    it trains, how much that cannot be read it bears.  A run that never began binds nobody.
+    it trains, how much that cannot be read it bears; and the number of classes may be left to the data (0) again.  A
+    run that never began binds nobody.
     """
     free = {"train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep",
             "train.device_seconds", "data.cache_dir", "data.max_bad_share"}  # fmt: skip
@@ -217,6 +246,10 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         except ValueError:  # not JSON, or not even text
             raise UserError(f"{file} is not valid JSON; repair it or use a new --workdir") from None
         old, new = _flat(before), _flat(mine)
+        for k in (k for k, v in new.items() if k.endswith(".classes") and v == 0 and old.get(k)):
+            override(config, f"{k}={old[k]}")
+        mine = to_json(config)
+        new = _flat(mine)
         changed = [
             f"{k}: {old.get(k, 'absent')!r} -> {new.get(k, 'absent')!r}"
             for k in sorted(old.keys() | new.keys())

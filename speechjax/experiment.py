@@ -1,15 +1,19 @@
 """A config becomes a task and its data: what every verb that runs an experiment begins with."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from speechjax import config as configs
 from speechjax import distributed
 from speechjax.data import pipeline
 from speechjax.errors import TooManyRejectedError, UserError
+
+log = logging.getLogger("speechjax")
 
 
 def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
@@ -23,6 +27,8 @@ def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
             _write_rejected(room, error.rejected)
         raise
     distributed.agree("the recordings", data.digest)
+    if _size(config, task, data):
+        task = configs.make_task(config)
     if room:
         _write_rejected(room, data.records.rejected)
         data.save(room)
@@ -42,18 +48,49 @@ def open_data(config: Any, task: Any, workdir: Path | None) -> pipeline.Data:
 def check_needs(task: Any, data: Any) -> None:
     """UserError where the batches lack what the task learns from, or have more classes of it than the model."""
     how = {
-        "units": "data.units=labels:DIR (made by python -m speechjax.label) or data.units=phones",
+        "units": "data.units=labels:DIR (made by python -m speechjax.label), phones, speech or turns:SPEAKERS",
         "tokens": "data.text=characters, phonemes:LANGUAGE, ... and a source with transcripts",
-        "label": "data.label=meta:FIELD or data.label=id:REGEX",
+        "label": "data.label={}meta:FIELD, id:REGEX, tags:FIELD or number:FIELD",
     }
     for key in task.needs:
         if key not in data.specs[0]:
-            raise UserError(f"this task learns from {key!r}, which the batches lack: set config.{how[key]}")
-    tokens = data.transcripts.tokenizer.size if data.transcripts else 0
-    there = {"units": data.unit_codes, "label": len(data.label_names), "tokens": tokens}
+            kind, _, name = key.partition("_") if key.startswith("label_") else (key, "", "")
+            fix = how[kind].format(f"{name}=" * bool(name))
+            raise UserError(f"this task learns from {key!r}, which the batches lack: set config.{fix}")
+    if task.aligns:
+        _warn_of_long_transcripts(task, data)
+    there = _classes(data)
     for key, (name, classes) in task.sizes().items():
         if there[key] > classes:
             raise UserError(f"{name}={classes}, but the data has {there[key]} classes of {key!r}: set --{name} to that")
+
+
+def _warn_of_long_transcripts(task: Any, data: Any) -> None:
+    """Says before training what cannot teach."""
+    hop, extra = task.encoder.frame_len()
+    lengths = data.records.lengths
+    if len(bad := data.transcripts.too_long(np.maximum(lengths - extra, 0) // hop)):
+        log.warning(
+            "%d of %d transcripts have more tokens than frames and teach nothing, e.g. %s: larger tokens "
+            "(config.data.text) or less subsampling (config.model.frontend) would help", len(bad), len(lengths),
+            data.records.id(int(bad[0])),
+        )  # fmt: skip
+
+
+def _classes(data: Any) -> dict[str, int]:
+    """How many classes the data has of each batch key."""
+    tokens = data.transcripts.tokenizer.size if data.transcripts else 0
+    labels = {key: len(names) for key, names in data.labels.names.items()} if data.labels else {}
+    return {"units": data.unit_codes, "tokens": tokens, **labels}
+
+
+def _size(config: Any, task: Any, data: Any) -> bool:
+    """Fills in numbers of classes that the config leaves to the data, 0; whether there were any."""
+    there = _classes(data)
+    open_ = {name: there[key] for key, (name, classes) in task.sizes().items() if not classes and there.get(key)}
+    for name, classes in open_.items():
+        configs.override(config, f"{name.removeprefix('config.')}={classes}")
+    return bool(open_)
 
 
 def _write_rejected(workdir: Path, rejected: list[dict[str, str]]) -> None:

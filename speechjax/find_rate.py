@@ -82,7 +82,7 @@ def find_rate(task: Any, config: Any, data: Any, *, steps: int, low: float, high
     from rich.progress import track
 
     from speechjax import sharding
-    from speechjax.optim import make_optimizer
+    from speechjax.optim import detach, make_optimizer
     from speechjax.step import batch_shapes, compile_steps, init_state
     from speechjax.warm_start import fresh_state
 
@@ -94,10 +94,11 @@ def find_rate(task: Any, config: Any, data: Any, *, steps: int, low: float, high
         tx = _scaled(tx, lambda count: low * jax.numpy.exp(growth * count.astype(jax.numpy.float32)))
         init = functools.partial(init_state, task, tx, config.train.seed, batch_shapes(data.specs[0], mesh))
         abstract = sharding.placed(mesh, jax.eval_shape(init))
-        state = fresh_state(task, init, abstract, config.train.start_from)
+        state = fresh_state(task, init, abstract, config.init_from)
         programs = compile_steps(
-            task, tx, mesh, abstract, data.specs, config.train.seed, 1, config.train.device_seconds
-        )
+            task, tx, mesh, abstract, data.specs, config.train.seed, 1, config.train.device_seconds,
+            detach(config.optim.freeze),
+        )  # fmt: skip
         rates: list[float] = []
         losses: list[float] = []
         batches = sharding.on_device(mesh, data.train_batches(0, steps, jax.process_index(), jax.process_count()))

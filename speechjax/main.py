@@ -46,6 +46,8 @@ def run(argv: Sequence[str] | None) -> int:
     from speechjax.train import train
 
     _, data = open_experiment(config, args.workdir)
+    if jax.process_index() == 0:
+        configs.claim_workdir(args.workdir, config)  # again: the data may have said how many classes there are
     return train(config, data, args.workdir)
 
 

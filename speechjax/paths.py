@@ -1,7 +1,8 @@
-"""The path grammar: ordered (regex, value) rules over parameter paths; the first match wins.
+"""The path grammar: a parameter is named by its place in the tree, rules are regexes, and the first match wins.
 
-A path is the keys of a parameter joined by "/", e.g. `encoder/transformer/layer0/mlp_up/kernel`.  One grammar for
-sharding, weight decay, freezing and names, so a person learns it once.
+A parameter's name is the keys of its path joined by "/", e.g. `encoder/transformer/layer3/mlp_up/kernel`; layers also
+count from the end, so that in a model of twelve the same is `encoder/transformer/layer-9/mlp_up/kernel`.  One grammar
+for sharding, weight decay, learning rates, freezing and names, so a person learns it once.
 """
 
 import re
@@ -10,23 +11,39 @@ from typing import Any
 
 import jax
 
+_LAYER = re.compile(r"^(.*layer)(\d+)(/.*)$")
+
 
 def path_name(path: Sequence[Any]) -> str:
     """The "/"-joined name of a jax key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def match(rules: Sequence[tuple[str, Any]], name: str, what: str) -> Any:
-    """Value of the first rule whose regex is found in `name`.
+def match(rules: Sequence[tuple[str, Any]], names: str | Sequence[str], what: str) -> Any:
+    """Value of the first rule whose regex is found in one of the `names` of a parameter.
 
     Raises ValueError when none is: a parameter nobody thought of is an error, not a default.
     """
+    names = [names] if isinstance(names, str) else names
     for pattern, value in rules:
-        if re.search(pattern, name):
+        if any(re.search(pattern, name) for name in names):
             return value
-    raise ValueError(f"no {what} rule covers parameter {name!r}; add one, e.g. ('.*', ...) at the end")
+    raise ValueError(f"no {what} rule covers parameter {names[0]!r}; add one, e.g. ('.*', ...) at the end")
+
+
+def leaf_names(tree: Any) -> list[list[str]]:
+    """The names of every leaf, in the order of `jax.tree.leaves`: its path, and that with its layer from the end."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    layers = [_LAYER.match(name) for name in names]
+    count: dict[str, int] = {}
+    for found in filter(None, layers):
+        count[found[1]] = max(count.get(found[1], 0), int(found[2]) + 1)
+    return [
+        [name, f"{found[1]}-{count[found[1]] - int(found[2])}{found[3]}"] if found else [name]
+        for name, found in zip(names, layers, strict=True)
+    ]
 
 
 def map_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     """A tree like `tree` that holds, for every leaf, the value of its first matching rule."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: match(rules, path_name(path), what), tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), [match(rules, names, what) for names in leaf_names(tree)])

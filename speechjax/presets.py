@@ -84,6 +84,45 @@ def spectral(size: str = "base", *, block: str = "transformer", factor: int = 2,
     return model
 
 
+def bilstm(size: str = "base") -> Block:
+    """Deep bidirectional LSTM on log-mel spectra, for CTC: no residual connections, no norm between layers.
+
+    base: five layers of 250 a direction on 40 bands at 100 frames a second, the `CTC-5l-250h` of Graves et al. 2013
+    (arXiv 1303.5778, table 1), without its energy, deltas and peepholes.  tiny: ours, 50 frames a second.
+    """
+    tiny = size == "tiny"
+    sizes = {"base": dict(width=500, layers=5), "tiny": dict(width=128, layers=2)}
+    return dict(
+        frontend=dict(name="mel", n_mels=40, factor=2 if tiny else 1, subsample="stack"),
+        **_recurrent("blstm"),
+        **sizes[size],
+        **_execution("float32"),
+    )
+
+
+def deep_speech_2(size: str = "base") -> Block:
+    """Deep Speech 2 (Amodei et al. 2016): convolutions on spectrograms, recurrent layers, batch norm throughout.
+
+    base: three convolutions (table 4), seven bidirectional layers of 1280 (table 1: 38 M parameters) and a fully
+    connected one.  tiny: ours, two narrow convolutions and two layers of 128.
+    """
+    tiny = size == "tiny"
+    sizes = {"base": dict(width=1280, layers=7), "tiny": dict(width=128, layers=2)}
+    return dict(
+        frontend=dict(name="deep_speech", filters=(8, 8) if tiny else (32, 32, 96)),
+        **_recurrent("deep_speech"),
+        **sizes[size],
+        **_execution("float32" if tiny else "bfloat16"),
+    )
+
+
+def _recurrent(block: str) -> Block:
+    """What recurrent encoders share: order needs no positions; they have no use for `heads` and `mlp`."""
+    return dict(
+        block=dict(name=block), positions=dict(name="none"), norm="none", heads=1, mlp=1, **_regularisation(0.0)
+    )
+
+
 def _regularisation(dropout: float, *, layerdrop: float = 0.0) -> Block:
     return dict(
         dropout=dropout, attention_dropout=dropout, activation_dropout=0.0, input_dropout=dropout, layerdrop=layerdrop
@@ -113,6 +152,9 @@ def data(crop_seconds: float = 15.625, batch_seconds: float = 5600.0) -> Block:
         text_steps="nfc single_spaces",
         units="",
         label="",
+        valid="",
+        train_seconds=0.0,
+        text_field="text",
         max_bad_share=0.1,
         cache_dir="",
     )
@@ -132,6 +174,7 @@ def optim(learning_rate: float, warmup: int, **changes: Any) -> Block:
         weight_decay=((".*", 0.01),),
         clip_norm=0.0,
         freeze=(),
+        rates=(),
     )
     return block | changes
 
@@ -150,7 +193,6 @@ def train(steps: int, best_metric: str = "valid/loss", best_mode: str = "min") -
         patience=0,
         max_skipped=100,
         device_seconds=0.0,
-        start_from="",
     )
 
 
@@ -173,7 +215,7 @@ def evals() -> Block:
 
 def experiment(task: Block, model: Block, **blocks: Block) -> Block:
     """A whole config from `task`, `model`, `data`, `optim` and `train`; mesh and evals are alike for all."""
-    return dict(task=task, model=model, mesh=dict(data=-1, fsdp=1), evals=evals()) | blocks
+    return dict(init_from="", task=task, model=model, mesh=dict(data=-1, fsdp=1), evals=evals()) | blocks
 
 
 def tiny(learning_rate: float = 1e-3) -> Block:

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -64,13 +64,14 @@ def init_state(task: Any, tx: optax.GradientTransformation, seed: int, batch: di
 
 def train_step(
     task: Any, tx: optax.GradientTransformation, seed: int, log_every: int, state: State, batch: dict[str, jax.Array],
-    parts: int = 1,
+    parts: int = 1, detach: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
     """One update.  Non-finite steps change nothing but the counters.  Also returns the window's meters.
 
-    The batch goes through in `parts` micro-batches of equally many rows.
+    The batch goes through in `parts` micro-batches of equally many rows.  `detach` takes the gradient from parameters
+    that never train (speechjax.optim.detach).
     """
-    grads, loss, pairs, sums = _gradients(task, stream_keys(task, seed, state.step), parts, state, batch)
+    grads, loss, pairs, sums = _gradients(task, stream_keys(task, seed, state.step), parts, state, batch, detach)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers; the rest here is strict
@@ -97,7 +98,9 @@ def train_step(
     return state, {**meters, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
 
-def _gradients(task: Any, rngs: Any, parts: int, state: State, batch: dict[str, jax.Array]) -> tuple[Any, ...]:
+def _gradients(
+    task: Any, rngs: Any, parts: int, state: State, batch: dict[str, jax.Array], detach: Callable[[Any], Any]
+) -> tuple[Any, ...]:
     """(gradients, loss, {name: (sum, weight)} of losses and metrics, what the task has sown), in `parts` passes.
 
     Every loss is divided by its weight in the whole batch, so the parts' gradients add up to the batch's.  The weights
@@ -106,7 +109,7 @@ def _gradients(task: Any, rngs: Any, parts: int, state: State, batch: dict[str, 
 
     def forward(params, number, rows):
         keys = rngs if parts == 1 else {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
-        variables = {"params": params, **state.extra}
+        variables = {"params": detach(params), **state.extra}
         out, sown = task.apply(variables, rows, step=state.step, train=True, rngs=keys, mutable=["sums"])
         losses, metrics = out
         return losses, metrics, sown.get("sums", {})
@@ -158,11 +161,11 @@ def batch_shapes(spec: Mapping[str, tuple], mesh: jax.sharding.Mesh) -> dict[str
 
 def compile_steps(
     task: Any, tx: Any, mesh: Any, state: Any, specs: Sequence[Mapping[str, tuple]], seed: int, log_every: int,
-    device_seconds: float = 0.0,
+    device_seconds: float = 0.0, detach: Callable[[Any], Any] = lambda params: params,
 ) -> dict[tuple[int, ...], Any]:  # fmt: skip
     """The train step compiled for batches of every spec, before step 0: {shape of the audio: program}.
 
-    `device_seconds`: see `micro_batches`.
+    `device_seconds`: see `micro_batches`; `detach`: see `train_step`.
     """
     programs = {}
     for spec in specs:
@@ -170,7 +173,7 @@ def compile_steps(
         rows, samples = spec["audio"][0]
         parts = micro_batches(spec, mesh.size, device_seconds)
         step = jax.jit(
-            functools.partial(train_step, task, tx, seed, log_every, parts=parts),
+            functools.partial(train_step, task, tx, seed, log_every, parts=parts, detach=detach),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
         )

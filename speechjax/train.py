@@ -16,7 +16,7 @@ from speechjax.checkpoint import Checkpoints
 from speechjax.clock import StepClock
 from speechjax.errors import UserError
 from speechjax.logs import Logs
-from speechjax.optim import make_optimizer
+from speechjax.optim import detach, make_optimizer
 from speechjax.report import write_report
 from speechjax.step import State, batch_shapes, compile_steps, init_state
 from speechjax.warm_start import fresh_state
@@ -33,8 +33,7 @@ class Schedule:
     `best_metric` names the evaluation metric whose best checkpoint is kept in `best/`, `best_mode` is "min" or
     "max"; after `patience` evaluations without a better one training stops (0: never).  `max_skipped`
     non-finite steps in a row end the run.  A device holds at most `device_seconds` of audio at once (0: its whole part
-    of the batch); larger batches accumulate gradients.  `start_from` is a workdir, perhaps with @STEP, whose parameters
-    a new run begins with.
+    of the batch); larger batches accumulate gradients.
     """
 
     steps: int
@@ -48,7 +47,6 @@ class Schedule:
     patience: int
     max_skipped: int
     device_seconds: float = 0.0
-    start_from: str = ""
 
     def __post_init__(self):
         for name in ("steps", "log_every", "checkpoint_every", "eval_every", "keep"):
@@ -116,7 +114,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state, best, start = fresh_state(task, init, abstract, schedule.start_from), Best(schedule), 0
+            state, best, start = fresh_state(task, init, abstract, config.init_from), Best(schedule), 0
         else:
             state, meta = restored
             best, start = Best(schedule, **meta["best"]), meta["step"]
@@ -131,8 +129,9 @@ def train(config: Any, data: Any, workdir: Path) -> int:
             job = Job(task, config, data, mesh, workdir, logs)
             specs = [] if start >= schedule.steps or best.exhausted else data.specs
             programs = compile_steps(
-                task, tx, mesh, abstract, specs, schedule.seed, schedule.log_every, schedule.device_seconds
-            )
+                task, tx, mesh, abstract, specs, schedule.seed, schedule.log_every, schedule.device_seconds,
+                detach(config.optim.freeze),
+            )  # fmt: skip
             code = Loop(job, schedule, rate, programs, checkpoints, best).run(state, start)
         if first:
             log.info("report: %s", write_report(workdir))

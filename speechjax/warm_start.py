@@ -1,4 +1,7 @@
-"""Parameters of another run to begin with: continued pretraining, and models that contain another's encoder."""
+"""Parameters of another run to begin with: fine-tuning, continued pretraining, models that contain another's encoder.
+
+Paths are those of the path grammar.  Layers that one model stacks (scan) and the other has one by one are the same.
+"""
 
 import logging
 import re
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from speechjax.errors import UserError
 from speechjax.paths import path_name
@@ -15,12 +19,12 @@ from speechjax.step import State
 log = logging.getLogger("speechjax")
 
 
-def fresh_state(task: Any, init: Any, abstract: State, start_from: str) -> State:
-    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `start_from`, then by the task's start."""
+def fresh_state(task: Any, init: Any, abstract: State, init_from: str) -> State:
+    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `init_from`, then by the task's start."""
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     begun = (state.params, state.extra)
-    params, extra = task.start(*(warm_start(*begun, start_from) if start_from else begun))
+    params, extra = task.start(*(warm_start(*begun, init_from) if init_from else begun))
     return jax.device_put(state.replace(params=params, extra=extra), place)
 
 
@@ -33,23 +37,40 @@ def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:
     """
     checkpoint = find_checkpoint(source)
     saved = read_weights(checkpoint)
-    theirs, ours = _named(saved[0]), _named(params)
+    ours = _named(params)
+    theirs = _like(_named(saved[0]), ours)
     encoder = [k for k in ours if k.startswith("encoder/")]
     if not any(k in theirs for k in encoder):
-        raise UserError(f"config.train.start_from={source!r} shares no parameter of the encoder with this model")
+        raise UserError(f"config.init_from={source!r} shares no parameter of the encoder with this model")
     if unlike := [k for k in encoder if k in theirs and ours[k].shape != theirs[k].shape]:
         shown = "; ".join(f"{k}: {theirs[k].shape} there, {ours[k].shape} here" for k in unlike[:2])
-        raise UserError(f"config.train.start_from={source!r} has another encoder ({shown}); use its model block")
+        raise UserError(f"config.init_from={source!r} has another encoder ({shown}); use its model block")
     if lost := sorted(_layers(ours) - _layers(theirs)):
-        raise UserError(
-            f"config.train.start_from={source!r} has no {lost[0]}: use its config.model.layers and config.model.scan"
-        )
+        raise UserError(f"config.init_from={source!r} has no {lost[0]}: use its config.model.layers")
     new = [k for k in ours if not _fits(ours[k], theirs.get(k))]
     log.info(
         "%d of %d parameter arrays come from %s; new: %s",
         len(ours) - len(new), len(ours), checkpoint, ", ".join(new[:6]) + (", ..." if len(new) > 6 else "") or "none",
     )  # fmt: skip
-    return _over(params, theirs), _over(extra, _named(saved[1]))
+    return _over(params, theirs), _over(extra, _like(_named(saved[1]), _named(extra)))
+
+
+def _like(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """`theirs` with layers stacked, or one by one, as `ours` has them."""
+    stacked, single = re.compile(r"^(.*transformer/)layers/"), re.compile(r"^(.*transformer/)layer(\d+)/")
+    if any(map(stacked.match, theirs)) and any(map(single.match, ours)):
+        found = {k: stacked.match(k) for k in theirs}
+        split = {
+            k.replace("/layers/", f"/layer{i}/"): v[i] for k, v in theirs.items() if found[k] for i in range(len(v))
+        }
+        return {k: v for k, v in theirs.items() if not found[k]} | split
+    if any(map(single.match, theirs)) and any(map(stacked.match, ours)):
+        together: dict[str, list[Any]] = {}
+        for k in sorted(filter(single.match, theirs), key=lambda k: int(single.match(k)[2])):  # type: ignore[index]
+            together.setdefault(single.sub(r"\1layers/", k), []).append(theirs[k])
+        rest = {k: v for k, v in theirs.items() if not single.match(k)}
+        return rest | {k: np.stack(v) for k, v in together.items()}
+    return theirs
 
 
 def _named(tree: Any) -> dict[str, Any]:

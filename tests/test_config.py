@@ -142,7 +142,10 @@ def test_later_overrides_win_and_nothing_else_changes():
     ("override", "parts"),
     [
         ("train.stepz=5", ["train has no 'stepz'", "allowed: ", "steps"]),
-        ("trian.steps=5", ["the config has no 'trian'", "allowed: data, evals, mesh, model, optim, task, train"]),
+        (
+            "trian.steps=5",
+            ["the config has no 'trian'", "allowed: data, evals, init_from, mesh, model, optim, task, train"],
+        ),
         ("model.frontend.kernel=3", ["model.frontend has no 'kernel'", "kernels"]),
         ("train.steps.more=5", ["train.steps has no 'more'"]),
         ("train.steps=many", ["train.steps=many", "expected int (now ", "), got str"]),

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from speechjax import config
 from speechjax.errors import UserError
-from speechjax.optim import make_optimizer, schedule
+from speechjax.optim import detach, make_optimizer, schedule
 from speechjax.paths import path_name
 from speechjax.step import init_state
 from tests.tasks.experiments import make_batch
@@ -230,3 +230,67 @@ def test_published_rules_freeze_the_front_end_and_nothing_else(spec):
     parts = ("encoder/front/", "encoder/feature_norm/", "encoder/projection/")
     assert frozen
     assert frozen == [name for name in names if name.startswith(parts)]
+
+
+OPTIONS: dict[str, Any] = dict(
+    steps=10, learning_rate=0.1, warmup=0, weight_decay=((".*", 0.1),), clip_norm=0.0, **ADAM
+)
+
+
+def test_rates_multiply_the_update_by_path():
+    """Decay included: a layer at a tenth of the rate forgets a tenth as fast."""
+    params, grad, *_ = trees()
+    plain = run(make_optimizer(**OPTIONS)[0], params, [grad])
+    found = run(make_optimizer(**OPTIONS, rates=(("^dense/kernel", 0.1), (".*", 1.0)))[0], params, [grad])
+    before = by_name(params)
+    np.testing.assert_allclose(
+        found["dense/kernel"] - before["dense/kernel"],
+        0.1 * (plain["dense/kernel"] - before["dense/kernel"]),
+        rtol=1e-4,
+    )
+    for name in ("dense/bias", "gain"):
+        np.testing.assert_array_equal(found[name], plain[name])
+
+
+def test_rates_must_cover_every_parameter():
+    params, grad, *_ = trees()
+    with pytest.raises(ValueError, match="no rates rule covers parameter 'dense/bias'"):
+        run(make_optimizer(**OPTIONS, rates=(("kernel", 0.1),))[0], params, [grad])
+
+
+def test_what_never_trains_has_neither_moments_nor_gradient():
+    """Adapters on a large model would otherwise pay for Adam of all of it."""
+    params, grad, *_ = trees()
+    freeze = (("^dense/bias", 0, 0), ("^dense/", 0, -1))
+    tx, _ = make_optimizer(**OPTIONS, freeze=freeze)
+    state = tx.init(params)
+    sizes = sorted(x.size for x in jax.tree.leaves(optax.tree.get(state, "mu")))
+    assert sizes == sorted([params["dense"]["bias"].size, params["gain"].size])
+    found = run(tx, params, [grad, grad])
+    np.testing.assert_array_equal(found["dense/kernel"], params["dense"]["kernel"])
+    assert (found["dense/bias"] != params["dense"]["bias"]).all()
+
+    cut = detach(freeze)
+    slope = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(cut(p))))(params)
+    assert not np.any(slope["dense"]["kernel"])
+    assert np.all(slope["dense"]["bias"])
+    # The control: what only begins frozen has a gradient.
+    later = detach((("^dense/", 0, 100),))
+    assert np.all(jax.grad(lambda p: jnp.sum(later(p)["dense"]["kernel"] ** 2))(params)["dense"]["kernel"])
+
+
+def test_layers_count_from_the_end():
+    """Gradual unfreezing from the top, for a model of any depth."""
+    params = {"encoder": {f"layer{i}": {"w": np.ones(2, np.float32)} for i in range(12)}}
+    grads = jax.tree.map(np.ones_like, params)
+    tx, _ = make_optimizer(**OPTIONS, freeze=(("/layer-[12]/", 0, 0), ("/layer-3/", 0, 1), ("^encoder/", 0, -1)))
+    first, second = run(tx, params, [grads]), run(tx, params, [grads, grads])
+    moved = lambda found: {name for name, x in found.items() if np.any(x != 1)}  # noqa: E731
+    assert moved(first) == {"encoder/layer10/w", "encoder/layer11/w"}
+    assert moved(second) == {"encoder/layer9/w", "encoder/layer10/w", "encoder/layer11/w"}
+
+
+def test_a_rule_for_layers_that_are_stacked_says_so():
+    params = {"layers": {"w": np.ones((3, 2), np.float32)}}
+    with pytest.raises(UserError, match=r"'/layer-1/' fits no parameter, e.g. 'layers/w' .*scan=False"):
+        make_optimizer(**OPTIONS, freeze=(("/layer-1/", 0, -1),))[0].init(params)

@@ -266,7 +266,7 @@ def value(config, dotted: str):
 @pytest.mark.parametrize("spec", PAPERS)
 def test_config_has_the_numbers_of_its_paper(spec):
     config = load(spec)
-    expected = PAPERS[spec] | {"train.start_from": ""}
+    expected = PAPERS[spec] | {"init_from": ""}
     found = {key: value(config, key) for key in expected}
     assert {k: v for k, v in found.items() if v != expected[k]} == {k: v for k, v in expected.items() if v != found[k]}
 

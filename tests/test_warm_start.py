@@ -67,7 +67,7 @@ def test_layers_that_are_not_there_are_no_start(run):
     """A model whose layers have other names would begin with a trained front end and random layers."""
     fresh = make_state(9).params
     encoder = {"front": fresh["encoder"]["front"], "transformer": {"layers": {"kernel": np.zeros((2, 3, 3))}}}
-    with pytest.raises(UserError, match=r"has no encoder/transformer/layers: use its config.model.layers and .*scan"):
+    with pytest.raises(UserError, match=r"has no encoder/transformer/layers: use its config.model.layers"):
         warm_start({**fresh, "encoder": encoder}, {}, str(run))
 
 
@@ -136,3 +136,21 @@ def test_a_flipped_byte_is_noticed(run, tmp_path):
     meta.write_text(text.replace(first[1], str(int(first[1]) ^ 1)))
     with pytest.raises(UserError, match="digest does not match"):
         read_weights(find_checkpoint(str(tmp_path)))
+
+
+@pytest.mark.parametrize("stacked_there", [True, False])
+def test_stacked_layers_and_layers_one_by_one_are_the_same(tmp_path, stacked_there):
+    """What scan stacks for a pod, fine-tuning by layer takes apart; and the way back."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(11, 2, 2)).astype(np.float32)  # more than ten: by number, not by name
+    one_by_one = {f"layer{i}": {"kernel": kernel[i]} for i in range(11)}
+    theirs, ours = ({"layers": {"kernel": kernel}}, one_by_one)[:: 1 if stacked_there else -1]
+    there = {"encoder": {"transformer": theirs, "front": rng.normal(size=3).astype(np.float32)}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    state = make_state(1).replace(params=there)
+    checkpoints.save(1, state, {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    mine = jax.tree.map(np.zeros_like, {"encoder": {"transformer": ours, "front": there["encoder"]["front"]}})
+    params, _ = warm_start(mine, {}, str(tmp_path))
+    wanted = {"encoder": {"transformer": ours, "front": there["encoder"]["front"]}}
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)

@@ -27,6 +27,7 @@ class Task(nn.Module):
 
     rngs = ("dropout", "layerdrop", "mask")  # random streams
     needs = ()  # batch keys beyond audio and lengths
+    aligns = False  # whether every token of a transcript takes a frame
 
     def sizes(self) -> dict[str, tuple[str, int]]:
         """{batch key: (config key, how many classes the model has for it)}: the data may not have more."""

@@ -4,6 +4,8 @@ Shapes: B batch, T frames, V symbols (the blank is one), U tokens.  Everywhere: 
 [B] valid frames, `tokens` int32 [B, U] of which the first `token_lengths` [B] are the transcript.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -83,3 +85,30 @@ def greedy_errors(logits: jax.Array, lengths: jax.Array, tokens: jax.Array, toke
     start = jnp.broadcast_to(column, (len(lengths), column.shape[1]))
     rows, _ = lax.scan(read, start, (best.T, emits.T))
     return jnp.take_along_axis(rows, token_lengths[:, None], axis=1)[:, 0]
+
+
+def alarms(metrics: Mapping[str, float], step: int) -> dict[str, str]:
+    """Known ways CTC fails, {alarm: message}, from one log window's metrics."""
+    found = {}
+    if metrics["transcribed_share"] < 0.25:
+        found["untranscribed"] = (
+            f"only {metrics['transcribed_share']:.0%} of the rows have a transcript, the others teach nothing; crops "
+            "have none: raise config.data.crop_seconds, or take a source with more transcripts"
+        )
+    if metrics["too_long_share"] > 0.05:
+        found["too_long"] = (
+            f"{metrics['too_long_share']:.0%} of the transcripts have more tokens than the row has frames, and are "
+            "left out: subsample less in config.model.frontend, or use larger tokens in config.data.text"
+        )
+    if step >= 1000:  # before, saying nothing is a stage every run goes through
+        if metrics["blank_share"] > 0.99:
+            found["only_blanks"] = (
+                f"{metrics['blank_share']:.1%} of the frames are blank: CTC is stuck at saying nothing; lower "
+                "optim.learning_rate or lengthen optim.warmup, and check config.model.frontend.normalize"
+            )
+        if metrics["ctc"] > 0.98 * metrics["chance_ctc"]:
+            found["stuck_at_chance"] = (
+                f"loss {metrics['ctc']:.3f} a token is that of who does not listen, {metrics['chance_ctc']:.3f}: do "
+                "the transcripts belong to this audio? Then check the learning rate"
+            )
+    return found

@@ -45,7 +45,7 @@ class Distill(Task):
 
     With `init_from_teacher` the student begins as the teacher: front end, projection, positions, as many of the first
     layers as it has, each of them if all its parameters agree in shape.  (A random teacher gives nothing.)  It
-    overrides config.train.start_from.
+    overrides config.init_from.
 
     Raises UserError where the run cannot be read, lacks a layer, has other frames, or has nothing to begin with.
     """

@@ -133,33 +133,7 @@ class Phones(Task):
 
     def health(self, metrics: Mapping[str, float], step: int) -> dict[str, str]:
         """Known ways this objective fails, {alarm: message}, from one log window's metrics."""
-        return _transcript_alarms(metrics, step) if self.mode == "ctc" else _frame_alarms(metrics, step)
-
-
-def _transcript_alarms(metrics: Mapping[str, float], step: int) -> dict[str, str]:
-    alarms = {}
-    if metrics["transcribed_share"] < 0.25:
-        alarms["untranscribed"] = (
-            f"only {metrics['transcribed_share']:.0%} of the rows have a transcript, the others teach nothing; crops "
-            "have none: raise config.data.crop_seconds, or take a source with more transcripts"
-        )
-    if metrics["too_long_share"] > 0.05:
-        alarms["too_long"] = (
-            f"{metrics['too_long_share']:.0%} of the transcripts have more tokens than the row has frames, and are "
-            "left out: subsample less in config.model.frontend, or use larger tokens in config.data.text"
-        )
-    if step >= 1000:  # before, saying nothing is a stage every run goes through
-        if metrics["blank_share"] > 0.99:
-            alarms["only_blanks"] = (
-                f"{metrics['blank_share']:.1%} of the frames are blank: CTC is stuck at saying nothing; lower "
-                "optim.learning_rate or lengthen optim.warmup, and check config.model.frontend.normalize"
-            )
-        if metrics["ctc"] > 0.98 * metrics["chance_ctc"]:
-            alarms["stuck_at_chance"] = (
-                f"loss {metrics['ctc']:.3f} a token is that of who does not listen, {metrics['chance_ctc']:.3f}: do "
-                "the transcripts belong to this audio? Then check the learning rate"
-            )
-    return alarms
+        return _ctc.alarms(metrics, step) if self.mode == "ctc" else _frame_alarms(metrics, step)
 
 
 def _frame_alarms(metrics: Mapping[str, float], step: int) -> dict[str, str]:
