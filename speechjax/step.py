@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from speechjax import sharding
+from speechjax.models.batch_norm import follow_batches
 
 SAMPLE_RATE = 16000  # of every batch
 
@@ -77,7 +78,7 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers; the rest here is strict
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    extra = task.after_step(params, state.extra, sums, state.step)
+    extra = follow_batches(task.after_step(params, state.extra, sums, state.step), sums)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
 
     one = jnp.ones(())

@@ -21,6 +21,7 @@ def attention(
     *,
     lengths: jax.Array,
     bias: jax.Array | None = None,
+    prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     chunk: int = 0,
     left: int = -1,
     dropout: nn.Dropout | None = None,
@@ -32,6 +33,9 @@ def attention(
     `chunk` frames, or more than `left` chunks earlier (see `AttentionOptions`; chunks start with the utterance).
     `bias` float32, broadcast to [B, H, T, T], is added to the scaled products.  A frame without any valid key attends
     evenly and stays finite.
+
+    `prefix` are P keys and values [P, H, E] that every frame sees, whatever limits the others, and the queries
+    [B, T, H, E] they meet: `q` without position.
     """
     # Softmax in float32 whatever the compute dtype.  Float16 would overflow before it, which WavLM's code prevents by
     # scaling the products down and up again; bfloat16 has the range of float32.
@@ -45,17 +49,22 @@ def attention(
         number = frame_positions(lengths, k.shape[1]) // chunk
         behind = number[:, None, :, None] - number[:, None, None, :]
         valid = valid & (behind >= 0) & (True if left < 0 else behind <= left)
-    weights = jax.nn.softmax(jnp.where(valid, logits_BxHxTxT, jnp.finfo(jnp.float32).min)).astype(v.dtype)
+    logits_BxHxTxT = jnp.where(valid, logits_BxHxTxT, jnp.finfo(jnp.float32).min)
+    if prefix is not None:
+        always = jnp.einsum("bthe,phe->bhtp", prefix[0] * q.shape[-1] ** -0.5, prefix[1]).astype(jnp.float32)
+        logits_BxHxTxT = jnp.concatenate([logits_BxHxTxT, always], axis=-1)
+    weights = jax.nn.softmax(logits_BxHxTxT).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights, deterministic=deterministic)
-    return jnp.einsum("bhts,bshe->bthe", weights, v)
+    y = jnp.einsum("bhts,bshe->bthe", weights[..., : v.shape[1]], v)
+    return y if prefix is None else y + jnp.einsum("bhtp,phe->bthe", weights[..., v.shape[1] :], prefix[2])
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017): [B, T, D], [B] or [B, T] -> [B, T, D].
 
     `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them, or
-    [B, H, T, T] where rows differ.
+    [B, H, T, T] where rows differ.  `prefix`, keys and values [P, H, E], is seen by all frames and has no position.
     """
 
     heads: int
@@ -64,7 +73,15 @@ class SelfAttention(nn.Module):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, *, train: bool, bias: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        lengths: jax.Array,
+        *,
+        train: bool,
+        bias: jax.Array | None = None,
+        prefix: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
         B, T, D = x.shape
         if D % self.heads:
             raise UserError(f"config.model.width={D} is no multiple of config.model.heads={self.heads}")
@@ -76,16 +93,18 @@ class SelfAttention(nn.Module):
 
         q, k, v = (project(n)(x).reshape(B, T, self.heads, D // self.heads) for n in ("query", "key", "value"))
         bias = bias[None] if bias is not None and bias.ndim == 3 else bias
+        content = q
         if options.positions == "rotary":
             q, k = rotate(q), rotate(k)
         if options.positions == "relative":
             q, bias = self._by_distance(q)
+            content = q
         if options.gated:
             bias = bias * self._gate(x)
         dropout = nn.Dropout(self.dropout) if self.dropout else None
         y = attention(
-            q, k, v, lengths=lengths, bias=bias, chunk=options.chunk, left=options.left, dropout=dropout,
-            deterministic=not train,
+            q, k, v, lengths=lengths, bias=bias, prefix=prefix and (content, *prefix), chunk=options.chunk,
+            left=options.left, dropout=dropout, deterministic=not train,
         )  # fmt: skip
         return project("out")(y.reshape(B, T, D))
 

@@ -4,7 +4,7 @@ Shapes: B batch, S samples, N frames before subsampling, F their features, T fra
 `lengths` is int32 [B], or [B, T] for packed rows: see layers.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -13,13 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from speechjax.errors import UserError
+from speechjax.models.adapters import adapted
+from speechjax.models.deep_speech import DeepSpeechFrontend
 from speechjax.models.frontend import WaveformExtractor
 from speechjax.models.layers import LayerNorm, fan_in_uniform, shard_batch
 from speechjax.models.positions import FRAMES_PER_ROW
 from speechjax.models.spectral import MelFrontend, MfccFrontend, PatchFrontend
 from speechjax.models.transformer import Transformer
 
-FRONTENDS = {"waveform": WaveformExtractor, "mel": MelFrontend, "mfcc": MfccFrontend, "patch": PatchFrontend}
+FRONTENDS = {
+    "waveform": WaveformExtractor,
+    "mel": MelFrontend,
+    "mfcc": MfccFrontend,
+    "patch": PatchFrontend,
+    "deep_speech": DeepSpeechFrontend,
+}
 
 
 class Encoded(NamedTuple):
@@ -38,7 +46,8 @@ class SpeechEncoder(nn.Module):
     too, for tasks that mask or predict its frames: `inputs` and `embed`.
 
     `positions` are those added to the input (see positions.py; "conv" where unnamed), `attention` those inside
-    attention and how far it sees (see relative.py), `block` names the layer (see transformer.py) and its own options.
+    attention and how far it sees (see relative.py), `block` names the layer (see transformer.py) and its own options,
+    `adapters` are learned parts of `contextualize` beside the rest (see adapters.py).
     `hidden`, wherever it is an argument: see `Transformer`.
 
     A batch is {audio int16 or float [B, S], lengths int32 [B]} and perhaps {mean, std [B]} of the recordings.  In a
@@ -64,6 +73,7 @@ class SpeechEncoder(nn.Module):
     dtype: str
     block: Mapping[str, Any] = field(default_factory=lambda: {"name": "transformer"})
     attention: Mapping[str, Any] = field(default_factory=lambda: {"positions": "none"})
+    adapters: Sequence[Mapping[str, Any]] = ()
 
     def setup(self):
         options = dict(self.frontend)
@@ -152,14 +162,21 @@ class SpeechEncoder(nn.Module):
         lengths: jax.Array,
         *,
         mask: jax.Array | None = None,
+        channel_mask: jax.Array | None = None,
         train: bool,
         hidden: bool | str = False,
     ) -> Encoded:
-        """Normalised features [B, T, C], masked where `mask` [B, T] is true, through the transformer."""
+        """Normalised features [B, T, C], masked where `mask` [B, T] is true, through the transformer.
+
+        Where `channel_mask` [B, D] is true a channel is zero in all frames of the row, masked ones too.
+        """
         x = self.input_drop(self.projection(features), deterministic=not train)
         if mask is not None:
             x = jnp.where(mask[..., None], self.mask_embedding.astype(x.dtype)[None, None], x)
-        frames, states = self.transformer(x, lengths, train=train, hidden=hidden)
+        if channel_mask is not None:
+            x = jnp.where(channel_mask[:, None], jnp.zeros((), x.dtype), x)
+        with adapted(self.adapters, train=train):
+            frames, states = self.transformer(x, lengths, train=train, hidden=hidden)
         return Encoded(frames, lengths, states)
 
     def __call__(self, batch: dict[str, jax.Array], *, train: bool = False, hidden: bool | str = False) -> Encoded:

@@ -86,16 +86,12 @@ def sinusoids_2d(columns: int, rows: int, channels: int) -> np.ndarray:
 class SpectralFrontend(nn.Module):
     """What the spectral front ends share.
 
-    `convention` is that of audio/features.py.  "kaldi" takes whole windows only, so the frames of a row are those
-    that fit into it.  The others centre a window on each multiple of the hop; of these, S // 160 are kept.
     `normalize="utterance"` gives every feature mean 0 and variance 1 over the valid frames of a row (constant
     features become 0); "none" leaves the logarithms as they are.
 
     Raises UserError for unknown values, and for packed rows, which `packs()` says are not supported.
     """
 
-    n_mels: int = 80
-    convention: str = "kaldi"
     normalize: str = "utterance"
     dtype: Any = jnp.float32
 
@@ -106,10 +102,6 @@ class SpectralFrontend(nn.Module):
     def tokens(self) -> int:
         """Tokens at one time."""
         return 1
-
-    def spectrum(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Unnormalised frames at 100 Hz: int16 or float [B, S], [B] -> float32 [B, N, F], [B]."""
-        return log_mel(audio, lengths, convention=self.convention, n_mels=self.n_mels)
 
     def inputs(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What `embed` takes, normalised, zero in the padding: [B, S], [B] -> float32 [B, N, F], [B]."""
@@ -133,13 +125,28 @@ class SpectralFrontend(nn.Module):
             )
         return self.embed(*self.inputs(audio, lengths))
 
-    def _check(self):
-        if self.convention not in CONVENTIONS:
-            raise UserError(
-                f"config.model.frontend.convention={self.convention!r}: expected one of {', '.join(CONVENTIONS)}"
-            )
+    def normalized(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Frames as `normalize` says, zero in the padding: [B, N, F], [B] -> float32 [B, N, F], [B]."""
         if self.normalize not in ("utterance", "none"):
             raise UserError(f"config.model.frontend.normalize={self.normalize!r}: expected 'utterance' or 'none'")
+        x = zero_padding(x.astype(jnp.float32), lengths)
+        return cmvn(x, lengths) if self.normalize == "utterance" else (x, lengths)
+
+
+class BandFrontend(SpectralFrontend):
+    """What those on mel bands share.
+
+    `convention` is that of audio/features.py.  "kaldi" takes whole windows only, so the frames of a row are those
+    that fit into it.  The others centre a window on each multiple of the hop; of these, S // 160 are kept.
+    Raises UserError for unknown values.
+    """
+
+    n_mels: int = 80
+    convention: str = "kaldi"
+
+    def spectrum(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Unnormalised frames at 100 Hz: int16 or float [B, S], [B] -> float32 [B, N, F], [B]."""
+        return log_mel(audio, lengths, convention=self.convention, n_mels=self.n_mels)
 
     def _edge(self) -> int:
         """Samples the first frame at 100 Hz takes beyond the hop."""
@@ -150,19 +157,20 @@ class SpectralFrontend(nn.Module):
         frames = (samples - self._edge()) // HOP
         return max(frames, 0) if isinstance(samples, int) else jnp.maximum(frames, 0)
 
-    def _normalized(self, audio, lengths):
-        self._check()
+    def _bands(self, audio, lengths):
+        if self.convention not in CONVENTIONS:
+            raise UserError(
+                f"config.model.frontend.convention={self.convention!r}: expected one of {', '.join(CONVENTIONS)}"
+            )
         try:
             x, _ = self.spectrum(audio, lengths)
         except ValueError as error:
             raise UserError(f"config.model.frontend.n_mels={self.n_mels}: {error}") from error
         # The centred conventions have one frame more, centred on the very end.
-        x, lengths = x[:, : self._frames(audio.shape[1])], self._frames(lengths)
-        x = zero_padding(x.astype(jnp.float32), lengths)
-        return cmvn(x, lengths) if self.normalize == "utterance" else (x, lengths)
+        return self.normalized(x[:, : self._frames(audio.shape[1])], self._frames(lengths))
 
 
-class MelFrontend(SpectralFrontend):
+class MelFrontend(BandFrontend):
     """Log-mel frames at 100 Hz, then `factor` times fewer: [B, S], [B] -> [B, T, C], [B].
 
     `subsample="stack"` puts `factor` frames side by side, C = factor F; "conv" is `ConvSubsampling` with
@@ -206,7 +214,7 @@ class MelFrontend(SpectralFrontend):
             self.convolutions = ConvSubsampling(self.factor, self.conv_channels, self.embedding, self.dtype)
 
     def inputs(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self._normalized(audio, lengths)
+        return self._bands(audio, lengths)
 
     def embed(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.subsample == "conv":
@@ -238,7 +246,7 @@ class MfccFrontend(MelFrontend):
         return jnp.concatenate([x, slope, curvature], axis=-1), lengths
 
 
-class PatchFrontend(SpectralFrontend):
+class PatchFrontend(BandFrontend):
     """Patches of a log-mel spectrogram as tokens (AST, Gong et al. 2021; Audio-MAE, Huang et al. 2022, section 3).
 
     [B, S], [B] -> [B, T, C = embedding], [B].  A patch is `patch` = (frames, mel bands).  Tokens run through the
@@ -292,7 +300,7 @@ class PatchFrontend(SpectralFrontend):
         self.projection = nn.Dense(self.embedding, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
 
     def inputs(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, lengths = self._normalized(audio, lengths)
+        x, lengths = self._bands(audio, lengths)
         (frames, bands), rows = self.patch, self.grid()
         B, N, _ = x.shape
         columns = N // frames

@@ -19,9 +19,10 @@ from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
 from speechjax.models.block import Block
 from speechjax.models.conformer import ConformerLayer
+from speechjax.models.deep_speech import DeepSpeechLayer, DeepSpeechTop
 from speechjax.models.layers import LayerNorm, gelu, shard_batch, zero_padding
 from speechjax.models.positions import POSITIONS
-from speechjax.models.recurrent import GRULayer
+from speechjax.models.recurrent import BLSTMLayer, GRULayer
 from speechjax.models.relative import AttentionOptions, SharedBias
 
 
@@ -38,6 +39,8 @@ class TransformerLayer(Block):
     ) -> tuple[jax.Array, jax.Array]:
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, self.attention, name="attention")
+        if self.norm == "none":
+            raise UserError("config.model.norm='none' is for recurrent blocks; transformer layers need 'post' or 'pre'")
         norm1 = LayerNorm(out_dtype=self.dtype, name="attention_norm")
         norm2 = LayerNorm(out_dtype=self.dtype, name="mlp_norm")
         y = shard_batch(x)
@@ -58,7 +61,15 @@ class TransformerLayer(Block):
         return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="mlp_down")(hidden)
 
 
-BLOCKS = {"transformer": TransformerLayer, "conformer": ConformerLayer, "gru": GRULayer}
+BLOCKS = {
+    "transformer": TransformerLayer,
+    "conformer": ConformerLayer,
+    "gru": GRULayer,
+    "blstm": BLSTMLayer,
+    "deep_speech": DeepSpeechLayer,
+}
+# What stands once above the last block, of the same options: `top(x, lengths, train)` -> x.
+TOPS = {"deep_speech": DeepSpeechTop}
 # What the program gives every block; the rest are options of its own.
 SHARED = (
     "heads", "mlp", "norm", "dropout", "attention_dropout", "activation_dropout", "layerdrop", "attention", "dtype",
@@ -68,11 +79,11 @@ SHARED = (
 class Transformer(nn.Module):
     """Positions, then `layers` blocks: [B, T, D], [B] or [B, T] -> ([B, T, D], hidden states).
 
-    `norm="post"` normalises after the positions, "pre" after the last layer.  Hidden states: with `hidden=True` the
-    input of the first layer and the output of each, L + 1; with "pre" the last one is not yet normalised.  With
-    `hidden="mlp"` the feed-forward output of each layer before the residual sum, L.  Else an empty list.  `scan`
-    stacks the layers' parameters and compiles one layer; `remat` recomputes a layer's activations in the backward
-    pass.
+    `norm="post"` normalises after the positions, "pre" after the last layer, "none" neither.  Hidden states: with
+    `hidden=True` the input of the first layer and the output of each, L + 1; with "pre" the last one is not yet
+    normalised, nor has it passed what stands above the layers (`TOPS`).  With `hidden="mlp"` the feed-forward output
+    of each layer before the residual sum, L.  Else an empty list.  `scan` stacks the layers' parameters and compiles
+    one layer; `remat` recomputes a layer's activations in the backward pass.
     """
 
     layers: int
@@ -94,8 +105,8 @@ class Transformer(nn.Module):
     def __call__(
         self, x: jax.Array, lengths: jax.Array, *, train: bool, hidden: bool | str = False
     ) -> tuple[jax.Array, list[jax.Array]]:
-        if self.norm not in ("post", "pre"):
-            raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre'")
+        if self.norm not in ("post", "pre", "none"):
+            raise UserError(f"config.model.norm={self.norm!r}: expected 'post' or 'pre', or 'none' (recurrent blocks)")
         context = AttentionOptions(**self.attention)
         options = {"name": "conv"} | dict(self.positions)
         positions = POSITIONS[options.pop("name")](dtype=self.dtype, name="positions", **options)
@@ -106,21 +117,21 @@ class Transformer(nn.Module):
             x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x, states = self._stack(x, lengths, bias, train, hidden)
+        if self.block["name"] in TOPS:
+            x = TOPS[self.block["name"]](**self._block_options(), name="top")(x, lengths, train)
         if self.norm == "pre":
             x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
         return zero_padding(x, lengths), [zero_padding(s, lengths) for s in states]
 
+    def _block_options(self) -> dict[str, Any]:
+        return {k: v for k, v in self.block.items() if k != "name"} | {k: getattr(self, k) for k in SHARED}
+
     def _stack(self, x, lengths, bias, train, hidden):
-        options = dict(self.block)
-        layer_class: Any = BLOCKS[options.pop("name")]
+        layer_class: Any = BLOCKS[self.block["name"]]
         if self.remat:
             # Scan already keeps XLA from merging the recomputation with the original.
             layer_class = nn.remat(layer_class, static_argnums=(3,), prevent_cse=not self.scan)
-        options |= dict(
-            heads=self.heads, mlp=self.mlp, norm=self.norm, dropout=self.dropout, dtype=self.dtype,
-            attention_dropout=self.attention_dropout, activation_dropout=self.activation_dropout,
-            layerdrop=self.layerdrop, attention=self.attention,
-        )  # fmt: skip
+        options = self._block_options()
         states = [x] if hidden is True else []
 
         def body(layer, x, _):
@@ -130,7 +141,7 @@ class Transformer(nn.Module):
         if self.scan:
             stack = nn.scan(
                 body,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "batch_stats": 0, "sums": 0},
                 split_rngs={"params": True, "dropout": True, "layerdrop": True},
                 length=self.layers,
             )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from speechjax.models.encoder import Encoded
 from speechjax.models.layers import fan_in_uniform, frame_mask
+from speechjax.models.recurrent import BiLSTM
 from speechjax.tasks import _ctc
 from speechjax.tasks._base import Sums
 from speechjax.tasks._head import Head
@@ -25,8 +26,8 @@ class CTC(Head):
     `error_rate` is that of the best path: (substitutions + insertions + deletions) / tokens, 1 for saying nothing.
 
     The head is linear, on `recurrent_layers` bidirectional LSTM layers of `recurrent_width` a direction (none:
-    wav2vec 2.0, section 3.3; two: SUPERB's recognition, arXiv 2105.01051).  `classes` counts the blank and other
-    specials of a vocabulary, 0 leaves it to the data; id 0 is the blank.
+    wav2vec 2.0, section 3.3; two: SUPERB's recognition, arXiv 2105.01051), `head_dropout` after each.  `classes` counts
+    the blank and other specials of a vocabulary, 0 leaves it to the data; id 0 is the blank.
     """
 
     classes: int
@@ -39,7 +40,7 @@ class CTC(Head):
     def setup(self):
         super().setup()
         if self.recurrent_layers:
-            self.recurrent = BiLSTM(self.recurrent_layers, self.recurrent_width)
+            self.recurrent = BiLSTM(self.recurrent_layers, self.recurrent_width, self.head_dropout)
         init = fan_in_uniform(2 * self.recurrent_width if self.recurrent_layers else self.encoder.width)
         self.head = nn.Dense(self.classes, kernel_init=init, bias_init=init, dtype=jnp.float32)
 
@@ -50,7 +51,7 @@ class CTC(Head):
         """float32 [B, T, V]."""
         x = self.mix(encoded, train)
         if self.recurrent_layers:
-            x = self.recurrent(x, encoded.lengths)
+            x = self.recurrent(x, encoded.lengths, train)
         return self.head(x)
 
     def score(

@@ -32,9 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "relative": dict(attention=dict(positions="relative")),
     "conformer": dict(block=dict(name="conformer", kernel=5), norm="pre", attention=dict(positions="relative")),
     "gru": dict(block=dict(name="gru")),
+    "blstm": dict(block=dict(name="blstm")),
 }
 # What looks ahead unless told not to.
-CAUSAL = ("conv", "deep conv", "relative", "conformer")
+CAUSAL = ("conv", "deep conv", "relative", "conformer", "blstm")
 
 
 def make(attention: dict[str, Any] | None = None, chunk: int = 0, left: int = -1, **settings: Any) -> Transformer:
@@ -138,5 +139,5 @@ def test_bfloat16_keeps_parameters_biases_and_softmax_in_float32(kind):
     assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert {y.dtype for y in (frames, *mlps)} == {jnp.dtype("bfloat16")}
     jaxpr = str(jax.make_jaxpr(init)())
-    assert ("f32[2,2,32,32] = exp" in jaxpr) == (kind != "gru")
+    assert ("f32[2,2,32,32] = exp" in jaxpr) == (kind not in ("gru", "blstm"))
     assert "bf16[2,2,32,32] = exp" not in jaxpr
