@@ -37,7 +37,7 @@ def mask_picture(
             f"want log_mel [T_mel, F] and mask, true_codes, predicted_codes [T]; got {log_mel.shape}, "
             f"{hidden.shape}, {true_codes.shape}, {predicted_codes.shape}"
         )
-    figure = _figure((12, 5.2))
+    figure = figure_of((12, 5.2))
     mel, true, predicted, agreement = figure.subplots(
         4, 1, sharex=True, gridspec_kw={"height_ratios": [10, 1.3, 1.3, 0.5]}
     )
@@ -54,7 +54,7 @@ def mask_picture(
     masked = "" if mask is None else f"{mask.mean():.0%} masked, "
     score = f"{masked}{agree.sum()} of {compared.sum()} codes right{share}"
     figure.suptitle(f"{title}    {score}", fontsize=12, parse_math=False)
-    return _pixels(figure)
+    return pixels(figure)
 
 
 def _draw_spectrogram(axes: Any, log_mel: np.ndarray, mask: np.ndarray, seconds: float) -> None:
@@ -125,7 +125,7 @@ def reconstruction_picture(
     if target.ndim != 2 or target.shape != output.shape or (mask is not None and mask.shape != target.shape[:1]):
         shapes = f"{target.shape}, {output.shape}" + ("" if mask is None else f", {mask.shape}")
         raise ValueError(f"want target and output [T, F], and mask [T]; got {shapes}")
-    figure = _figure((12, 7.6 if mask is not None else 5.9))
+    figure = figure_of((12, 7.6 if mask is not None else 5.9))
     hidden = np.zeros(len(target), bool) if mask is None else mask
     panels = {"target": target, "output": output, "output - target": output - target}
     if mask is not None:
@@ -155,7 +155,7 @@ def reconstruction_picture(
         scores = [f"{mask.mean():.0%} masked", f"mean squared error there {_mean_square((output - target)[mask]):.3g}"]
     scores.append(f"variance of the target {np.nanvar(target):.3g}")
     figure.suptitle(f"{title}    {', '.join(scores)}", fontsize=12, parse_math=False)
-    return _pixels(figure)
+    return pixels(figure)
 
 
 def unit_spectrogram(
@@ -167,7 +167,7 @@ def unit_spectrogram(
     `log_mel` float [T_mel, F] with a line at every phone boundary; below, `phones` (symbol, start s, end s) and the
     units: `codes` int [T], `hop` seconds each from `first` on, equal colours for equal units, numbered where they last.
     """
-    figure = _figure((14, 5.4))
+    figure = figure_of((14, 5.4))
     mel, spoken, units = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [10, 1.1, 2.0]})
     _draw_spectrogram(mel, log_mel, np.zeros(len(log_mel), bool), seconds)
     names = sorted({symbol for symbol, _, _ in phones})
@@ -196,7 +196,7 @@ def unit_spectrogram(
     units.set_xlabel("seconds")
     figure.suptitle(f"{title}    {len(codes)} frames, {len(edges) - 1} runs of a unit, {len(phones)} phones",
                     fontsize=12, parse_math=False)  # fmt: skip
-    return _pixels(figure)
+    return pixels(figure)
 
 
 def unit_map(
@@ -209,7 +209,7 @@ def unit_map(
     units' `centroids` [K, D], named after their `likeliest` phone [K] (-1: dead, left out), as large as their `usage`
     [K].  What is far apart in such a map says little; what lies together is alike (van der Maaten and Hinton 2008).
     """
-    figure = _figure((14, 7))
+    figure = figure_of((14, 7))
     left, right = figure.subplots(1, 2)
     number, counts = np.unique(phones, return_counts=True)
     common = number[np.argsort(-counts, kind="stable")][:NAMED_PHONES]
@@ -236,7 +236,7 @@ def unit_map(
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle(title, fontsize=12, parse_math=False)
-    return _pixels(figure)
+    return pixels(figure)
 
 
 def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
@@ -258,13 +258,13 @@ def _mean_square(x: np.ndarray) -> float:
     return float(np.mean(np.square(x)))
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def figure_of(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure  # late: half a second
 
     return Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
 
 
-def _pixels(figure: Any) -> np.ndarray:
+def pixels(figure: Any) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
