@@ -193,7 +193,7 @@ def check(config: ConfigDict) -> None:
 
 def _check_model(model: Mapping[str, Any]) -> None:
     """UserError unless the model block and the blocks inside fit their callables."""
-    from speechjax.models import encoder, positions, relative, transformer
+    from speechjax.models import adapters, encoder, positions, relative, transformer
 
     check_kwargs("config.model", encoder.SpeechEncoder, model)
     blocks = {
@@ -210,6 +210,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     attention = model.get("attention", {})
     check_kwargs("config.model.attention", relative.AttentionOptions, attention)
     relative.AttentionOptions(**attention)
+    adapters.parse(model.get("adapters", ()))
 
 
 def _without_name(block: Any) -> dict[str, Any]:

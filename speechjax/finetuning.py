@@ -12,20 +12,21 @@ SPOKEN = "nfkc lowercase no_punctuation single_spaces"  # config.data.text_steps
 
 # Parameters that adapters add inside the encoder; see speechjax/models/adapters.py.
 ADAPTED = r"/(lora|ia3|houlsby|parallel|prefix)_"
-# One adapter of each kind, sized so that a model of any width trains some percent of its parameters.
+# One adapter of each kind, under 3 % of the parameters of Base, and changes that do the same for tiny.
 ADAPTERS: dict[str, Block] = {
     "lora": dict(kind="lora", name="task", targets=r"(query|key|value|out|mlp_up|mlp_down)$", rank=8, alpha=16.0,
                  dropout=0.0),
-    "houlsby": dict(kind="houlsby", name="task", targets="", width=32, activation="gelu"),
-    "parallel": dict(kind="parallel", name="task", targets="", width=32, scale=4.0),
-    "prefix": dict(kind="prefix", name="task", targets="", length=16),
-    "ia3": dict(kind="ia3", name="task", targets=""),
+    "houlsby": dict(kind="houlsby", name="task", width=64, activation="gelu"),
+    "parallel": dict(kind="parallel", name="task", width=64, scale=4.0),
+    "prefix": dict(kind="prefix", name="task", length=16),
+    "ia3": dict(kind="ia3", name="task"),
 }  # fmt: skip
+TINY: dict[str, Block] = {"lora": dict(rank=3, alpha=6.0), "houlsby": dict(width=12), "parallel": dict(width=24)}
 TRAINS = ("all", "head", "topK", "gradual", "discriminative", "bitfit", *ADAPTERS)
 
 
-def trains(what: str) -> Block:
-    """What of a model trains, as changes of a config.
+def trains(what: str, size: str = "") -> Block:
+    """What of a model trains, as changes of a config; adapters of tiny are smaller.
 
     all             everything but the convolutions of the front end (wav2vec 2.0, section 4.3)
     head            the head; the encoder is fixed, nothing of it dropped (SUPERB)
@@ -56,17 +57,21 @@ def trains(what: str) -> Block:
         rates = (*((rf"/layer-{k + 1}/", 0.9**k) for k in range(48)), (r"^encoder/", 0.9**12), (".*", 1.0))
         return apart | dict(optim=dict(freeze=(front,), rates=rates))
     if what == "bitfit":
-        return dict(optim=dict(freeze=((r"^encoder/.*bias$", 0, 0), encoder)))
+        biases = dict(adapters=(dict(kind="bias", name="task"),))  # so that they make a file of their own
+        return dict(model=biases, optim=dict(freeze=((r"^encoder/.*bias$", 0, 0), encoder)))
     if what in ADAPTERS:
-        return dict(model=dict(adapters=(ADAPTERS[what],)), optim=dict(freeze=((ADAPTED, 0, 0), encoder)))
+        adapter = ADAPTERS[what] | (TINY.get(what, {}) if size == "tiny" else {})
+        return dict(model=dict(adapters=(adapter,)), optim=dict(freeze=((ADAPTED, 0, 0), encoder)))
     raise UserError(f"config argument trains={what!r}: choose from {', '.join(TRAINS)}, K the number of layers")
 
 
 def model(size: str) -> Block:
     """The encoder of `size`; without one what the checkpoint leaves open: how to train it."""
     if size:
-        return presets.waveform(size)
-    return dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.1, input_dropout=0.0, layerdrop=0.1)
+        return presets.waveform(size) | dict(adapters=())
+    return dict(
+        adapters=(), dropout=0.0, attention_dropout=0.0, activation_dropout=0.1, input_dropout=0.0, layerdrop=0.1
+    )
 
 
 def masks(prob: float = 0.0, channel_prob: float = 0.0) -> Block:
@@ -98,6 +103,7 @@ def recognition(**changes: Any) -> Block:
     options: Block = dict(
         name="recognition", every=4, group="", search="greedy", beams=16, symbols=20, best=1, lm="", lm_weight=0.5,
         token_bonus=0.0, word_bonus=0.0, lexicon="", hot_words="", hot_word_bonus=2.0,
+        ctc_weight=0.3,
     )  # fmt: skip
     return options | changes
 

@@ -1,0 +1,165 @@
+"""Adapters of a fine-tuned run: into a small file, and from files into the weights of the run they were trained on.
+
+    python -m speechjax.adapter save --workdir=runs/digits --out=digits.safetensors --include=.
+    python -m speechjax.adapter show digits.safetensors
+    python -m speechjax.adapter merge --workdir=runs/hubert --adapter=digits.safetensors --out=runs/hubert_digits
+    python -m speechjax.adapter merge --workdir=runs/digits --out=runs/digits_merged
+
+save takes what learnt beside config.model.adapters, and of the head what --include names.  merge writes a folder that
+every command reads like a run's: its encoder has no adapters and does what the one with them did; head and task are
+those of the file that brings a whole head, else those of --workdir.  Several --adapter are merged in the order given,
+after those that the run itself has.  WORKDIR is only read; WORKDIR@STEP, @best and @newest name a checkpoint of it.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from speechjax.errors import UserError
+from speechjax.verb import leave
+
+log = logging.getLogger("speechjax")
+
+_WORDS = ("text", "text_steps", "units", "label")  # of config.data: what the classes of a head are
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m speechjax.adapter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="save|show|merge")
+    save = verbs.add_parser("save", help="write the adapters of a run into a file", allow_abbrev=False)
+    save.add_argument("--workdir", required=True, help="of the run")
+    save.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
+    save.add_argument("--include", default="", metavar="REGEX", help="parameters of the head to put in, by path; . is "
+                      "all of it (default: none)")  # fmt: skip
+    show = verbs.add_parser("show", help="say what a file holds", allow_abbrev=False)
+    show.add_argument("file", type=Path, metavar="FILE")
+    merge = verbs.add_parser("merge", help="write a run whose weights have the adapters in them", allow_abbrev=False)
+    merge.add_argument("--workdir", required=True, help="of the run that the adapters were trained on, or have")
+    merge.add_argument("--adapter", action="append", default=[], type=Path, metavar="FILE", help="may be given often")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    args = parser.parse_args(argv)
+    if args.verb == "save" and args.out.suffix != ".safetensors":
+        parser.error(f"--out={args.out}: name a file that ends in .safetensors")
+    return args
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The verb, from the command line to an exit code."""
+    args = parse_args(argv)
+    {"save": save, "show": show, "merge": merge}[args.verb](args)
+    return 0
+
+
+def save(args: argparse.Namespace) -> None:
+    """Writes the adapters of a run."""
+    from flax.traverse_util import flatten_dict
+
+    from speechjax.models.adapter_files import save_adapter
+
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out={args.out}: no such folder: {args.out.absolute().parent}")
+    config, params, extra, step, _ = _open(args.workdir)
+    if not config["model"].get("adapters"):
+        raise UserError(f"{args.workdir} was trained without config.model.adapters, so it has none to save")
+    state = flatten_dict(extra)
+    if inside := [path for path in state if path[1] == "encoder"]:
+        raise UserError(f"{args.workdir}: {'/'.join(inside[0])} is no parameter, and an adapter has only these")
+    if args.include and state:
+        raise UserError(f"{args.workdir}: the head has state beside parameters ({', '.join(extra)}): omit --include")
+    about = dict(
+        task=config["task"], model={k: v for k, v in config["model"].items() if k != "adapters"},
+        data={k: v for k, v in config["data"].items() if k in _WORDS}, step=step,
+    )  # fmt: skip
+    file = save_adapter(args.out, params, config["model"]["adapters"], include=args.include, about=about)
+    log.info("%s: %s", args.out, _size(file))
+
+
+def show(args: argparse.Namespace) -> None:
+    """Prints what a file holds."""
+    from speechjax.models.adapter_files import load_adapter
+
+    file = load_adapter(args.file)
+    for block in file.adapters:
+        options = {key: value for key, value in block.items() if key not in ("kind", "name")}
+        print(f"{block['kind']:10} {block['name']}  {json.dumps(options)}")
+    model = file.about["model"]
+    print(f"{'holds':10} {_size(file)}; head: {file.head}")
+    print(f"{'task':10} {json.dumps(file.about['task'])}, step {file.about['step']}")
+    print(f"{'model':10} {model['layers']} layers of width {model['width']}, encoder {file.base}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Writes a folder like a run's, adapters merged into its weights."""
+    from speechjax.models import adapter_merge
+    from speechjax.models.adapter_files import attach, load_adapter
+
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out={args.out} is there already; name a new folder")
+    files = [load_adapter(path) for path in args.adapter]
+    config, params, extra, step, digest = _open(args.workdir)
+    adapters = [*config["model"].get("adapters", ()), *(block for file in files for block in file.adapters)]
+    if not adapters:
+        raise UserError(f"{args.workdir} has no adapters of its own; name files with --adapter")
+    params = adapter_merge.merge(attach(params, files), adapters)
+    for file in files:
+        if file.head == "whole":
+            config["task"] = file.about["task"]
+            extra = {name: {"encoder": tree["encoder"]} for name, tree in extra.items() if "encoder" in tree}
+            config["data"] |= file.about["data"]
+    config["model"]["adapters"] = ()
+    merged = dict(workdir=str(args.workdir), digest=digest, adapters=adapters)
+    _write(args.out, config, params, extra, step, merged)
+    log.info("%s: %s in the weights of %s", args.out, ", ".join(f"{b['kind']} {b['name']!r}" for b in adapters),
+             args.workdir)  # fmt: skip
+
+
+def _open(which: str) -> tuple[dict[str, Any], Any, Any, int, str]:
+    """(config, params, extra, step, digest) of a run, its arrays on the host."""
+    from speechjax import runs
+
+    directory = runs.find_checkpoint(which)
+    config = runs.read_config(directory.parent.parent).to_dict()
+    params, extra, digest = runs.read_weights(directory)
+    return config, params, extra, int(directory.name), digest
+
+
+def _size(file: Any) -> str:
+    count = sum(leaf.size for leaf in file.leaves.values())
+    return f"{len(file.leaves)} arrays of {count:,} parameters, {file.path.stat().st_size / 1e6:.2f} MB"
+
+
+def _write(out: Path, config: dict[str, Any], params: Any, extra: Any, step: int, merged: dict[str, Any]) -> None:
+    """A workdir with one checkpoint that has no optimizer, since nothing goes on from it; `merged` says what it is."""
+    import jax.numpy as jnp
+    from ml_collections import ConfigDict
+
+    from speechjax import config as configs
+    from speechjax.checkpoint import Checkpoints
+    from speechjax.step import State
+
+    whole = ConfigDict(config)
+    configs.claim_workdir(out, whole)
+    zero = jnp.int32(0)
+    state = State(
+        step=jnp.int32(step), params=params, opt_state={}, extra=extra, meters={}, skipped=zero, skipped_in_row=zero,
+    )  # fmt: skip
+    checkpoints = Checkpoints(out / "checkpoints", keep=1, every=1)
+    meta = dict(best={}, model=configs.to_json(whole)["model"], data="", merged=merged)
+    checkpoints.save(step, state, meta, force=True)
+    checkpoints.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs and leaves with an exit code."""
+    leave(lambda: run(argv), interrupted="give the same command again, with another --out where it had begun",
+          full_disk="free some, or name another place with --out")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
