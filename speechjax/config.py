@@ -68,7 +68,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def complete_model(config: ConfigDict) -> None:
     """A model block without an encoder gets that of the run `init_from`, or wav2vec 2.0 Base's.
 
-    So fine-tuning says how to train, and the checkpoint what.  Raises UserError where there is no such run.
+    So fine-tuning says how to train, and the checkpoint what; new adapters come on top of those it has.  Raises
+    UserError where there is no such run.
     """
     from speechjax import presets, runs
 
@@ -79,7 +80,10 @@ def complete_model(config: ConfigDict) -> None:
         there = runs.read_config(checkpoint.parent.parent).model.to_dict()
     else:
         there = presets.waveform("base")
-    config.model = ConfigDict(_filled(config.model.to_dict(), there))
+    mine = config.model.to_dict()
+    before = there.get("adapters", ())
+    adapters = (*before, *(block for block in mine.get("adapters", ()) if block not in before))
+    config.model = ConfigDict(_filled(mine, there) | dict(adapters=adapters))
 
 
 def _filled(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from typing import Any
 
 from speechjax import presets
 from speechjax.errors import UserError
+from speechjax.models import adapters
 
 Block = dict[str, Any]
 
 SPOKEN = "nfkc lowercase no_punctuation single_spaces"  # config.data.text_steps: of a text what is heard
 
-# Parameters that adapters add inside the encoder; see speechjax/models/adapters.py.
-ADAPTED = r"/(lora|ia3|houlsby|parallel|prefix)_"
 # One adapter of each kind, under 3 % of the parameters of Base, and changes that do the same for tiny.
 ADAPTERS: dict[str, Block] = {
     "lora": dict(kind="lora", name="task", targets=r"(query|key|value|out|mlp_up|mlp_down)$", rank=8, alpha=16.0,
@@ -57,12 +56,15 @@ def trains(what: str, size: str = "") -> Block:
         rates = (*((rf"/layer-{k + 1}/", 0.9**k) for k in range(48)), (r"^encoder/", 0.9**12), (".*", 1.0))
         return apart | dict(optim=dict(freeze=(front,), rates=rates))
     if what == "bitfit":
-        biases = dict(adapters=(dict(kind="bias", name="task"),))  # so that they make a file of their own
-        return dict(model=biases, optim=dict(freeze=((r"^encoder/.*bias$", 0, 0), encoder)))
+        return _adapted(dict(kind="bias", name="task"))
     if what in ADAPTERS:
-        adapter = ADAPTERS[what] | (TINY.get(what, {}) if size == "tiny" else {})
-        return dict(model=dict(adapters=(adapter,)), optim=dict(freeze=((ADAPTED, 0, 0), encoder)))
+        return _adapted(ADAPTERS[what] | (TINY.get(what, {}) if size == "tiny" else {}))
     raise UserError(f"config argument trains={what!r}: choose from {', '.join(TRAINS)}, K the number of layers")
+
+
+def _adapted(adapter: Block) -> Block:
+    learns = adapters.trainable_pattern([adapter])
+    return dict(model=dict(adapters=(adapter,)), optim=dict(freeze=((learns, 0, 0), (r"^encoder/", 0, -1))))
 
 
 def model(size: str) -> Block:

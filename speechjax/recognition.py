@@ -5,17 +5,26 @@ Shapes: B batch, T frames, N hypotheses, U tokens, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from speechjax.decode import ctc
+from speechjax import runs
+from speechjax.data.text import UNK, Tokenizer, load_tokenizer
+from speechjax.decode import autoregressive, ctc, transducer
+from speechjax.decode.arpa import read_arpa
 from speechjax.decode.bonus import Bonus
+from speechjax.decode.hot_words import HotWords
+from speechjax.decode.lexicon import LexiconScorer, read_lexicon
+from speechjax.decode.neural_scorer import NeuralScorer
+from speechjax.decode.ngram_scorer import NgramScorer
 from speechjax.decode.types import Hypotheses, Scorer
 from speechjax.errors import UserError
 
-Decoder = Callable[[Any, dict[str, jax.Array]], Hypotheses]  # (variables, batch) -> transcripts; to be jitted
+Steering = tuple[tuple[Scorer, float], ...]  # scorers and their weights
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Decoding:
     A beam extends a hypothesis by the `symbols` likeliest tokens of a frame.  It may be steered: by a language model
     `lm`, an ARPA file of n-grams (over tokens; over words with a `lexicon`) or the workdir of a language_model run, at
     `lm_weight`; by `token_bonus` and `word_bonus` for every token and word; by `lexicon`, a file of the only words
-    there are; by `hot_words`, a file with a phrase a line, at `hot_word_bonus` for each token of one.
+    there are; by `hot_words`, a file with a phrase a line, at `hot_word_bonus` for each token of one.  The search of a
+    seq2seq task that has learnt CTC too listens to it with `ctc_weight` (Watanabe et al. 2017, section III).
     """
 
     search: str = "greedy"
@@ -39,6 +49,7 @@ class Decoding:
     lexicon: str = ""
     hot_words: str = ""
     hot_word_bonus: float = 2.0
+    ctc_weight: float = 0.3
 
     def __post_init__(self):
         if self.search not in ("greedy", "beam"):
@@ -50,48 +61,123 @@ class Decoding:
             raise UserError(f"best={self.best} hypotheses need a beam: set search=beam")
 
 
-def make_decoder(task: Any, tokenizer: Any, decoding: Decoding) -> Decoder:
-    """The decoder of a task that transcribes; UserError for one that does not."""
-    kind = type(task).__name__.lower()
-    if kind not in _DECODERS:
-        raise UserError(f"the task {kind} gives no transcripts; those that do: {', '.join(_DECODERS)}")
-    return _DECODERS[kind](task, decoding, scorers(tokenizer, decoding))
+class Recognizer:
+    """Batches to transcripts, on device: `recognizer(variables, batch)` -> `Hypotheses`.
+
+    Results go to `place`.  Raises UserError for a task that gives no transcripts, and for files that cannot steer.
+    """
+
+    def __init__(self, task: Any, tokenizer: Tokenizer, decoding: Decoding, place: Any = None):
+        kind = type(task).__name__.lower()
+        if kind not in _SEARCHES:
+            raise UserError(f"the task {kind} gives no transcripts; those that do: {', '.join(_SEARCHES)}")
+        # Without weight a lexicon would still forbid: minus infinity times nothing is not a number.
+        steering = [(scorer, weight) for scorer, weight in scorers(tokenizer, decoding) if weight]
+        self._scorers, weights = tuple(s for s, _ in steering), tuple(w for _, w in steering)
+
+        def decode(variables, scorers, batch):
+            found = task.apply(variables, batch, method="answer")
+            return _SEARCHES[kind](
+                task, variables["params"], found, decoding, tuple(zip(scorers, weights, strict=True))
+            )
+
+        # Arguments, not constants: a language model may be large.
+        self._decode = jax.jit(decode, out_shardings=place)
+
+    def __call__(self, variables: Any, batch: dict[str, jax.Array]) -> Hypotheses:
+        return self._decode(variables, self._scorers, batch)
 
 
-def scorers(tokenizer: Any, decoding: Decoding) -> tuple[tuple[Scorer, float], ...]:
-    """What steers a beam, with weights."""
-    found: list[tuple[Scorer, float]] = []
+def scorers(tokenizer: Tokenizer, decoding: Decoding) -> Steering:
+    """What steers a beam.  Raises UserError for files that cannot be read, or are of another vocabulary."""
+    tokens, found = tokenizer.tokens, []
+    boundary = tokens.index(" ") if " " in tokens else -1
+    neural = decoding.lm and Path(decoding.lm.partition("@")[0]).expanduser().is_dir()
+    model = read_arpa(decoding.lm) if decoding.lm and not neural else None
+    if decoding.lexicon:
+        if boundary < 0:
+            raise UserError("lexicon: this vocabulary has no space between words; config.data.text=characters has")
+        lexicon = read_lexicon(decoding.lexicon, tokens)
+        found.append((LexiconScorer.build(lexicon, model, tokens=len(tokens), boundary=boundary), decoding.lm_weight))
+    elif model:
+        found.append((NgramScorer.build(model, tokens), decoding.lm_weight))
+    if neural:
+        found.append((_neural(tokenizer, decoding.lm), decoding.lm_weight))
+    if decoding.hot_words:
+        try:
+            phrases = Path(decoding.hot_words).expanduser().read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"hot_words={decoding.hot_words}: {error}; a text file with a phrase a line") from None
+        ids = [tokenizer.encode(phrase) for phrase in phrases if phrase.strip()]
+        words = HotWords.build(ids, bonus=decoding.hot_word_bonus, tokens=len(tokens), boundary=boundary)
+        found.append((words, 1.0))
     if decoding.token_bonus or decoding.word_bonus:
-        boundary = tokenizer.tokens.index(" ") if " " in tokenizer.tokens else -1
-        found.append((Bonus(tokenizer.size, decoding.token_bonus, decoding.word_bonus, boundary), 1.0))
+        found.append((Bonus(len(tokens), decoding.token_bonus, decoding.word_bonus, boundary), 1.0))
     return tuple(found)
 
 
-def _ctc(task: Any, decoding: Decoding, steered: tuple[tuple[Scorer, float], ...]) -> Decoder:
-    def decode(variables, batch):
-        found = task.apply(variables, batch, method="answer")
-        logits, lengths = found["logits"], found["lengths"]
-        if decoding.search == "greedy":
-            return ctc.greedy(logits, lengths)
-        search = ctc.PrefixBeam(
-            beams=decoding.beams, tokens=logits.shape[1], symbols=min(decoding.symbols, logits.shape[2] - 1),
-            best=decoding.best, scorers=steered,
-        )  # fmt: skip
-        return search(logits, lengths)
-
-    return decode
+def _neural(tokenizer: Tokenizer, workdir: str) -> NeuralScorer:
+    run = runs.open_run(workdir, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    if type(run.task).__name__ != "LanguageModel":
+        raise UserError(f"lm={workdir}: a run of the task {type(run.task).__name__.lower()}, not of language_model")
+    if load_tokenizer(run.workdir).tokens != tokenizer.tokens:
+        raise UserError(f"lm={workdir}: its vocabulary is another; train it with config.data.text of this run")
+    return NeuralScorer(run.task.detached_decoder(), run.variables["params"]["token_decoder"], _LONGEST)
 
 
-_DECODERS: dict[str, Callable[[Any, Decoding, Any], Decoder]] = {"ctc": _ctc}
+_LONGEST = 512  # tokens that a language model may have read
 
 
-def texts(tokenizer: Any, hypotheses: Hypotheses) -> list[list[tuple[str, float]]]:
+def _ctc(task: Any, params: Any, found: dict[str, jax.Array], decoding: Decoding, steering: Steering) -> Hypotheses:
+    logits, lengths = found["logits"], found["lengths"]
+    if decoding.search == "greedy":
+        return ctc.greedy(logits, lengths)
+    if steering:  # no scorer has anything to say of <unk>, so it would be the way around all of them
+        logits = logits.at[..., UNK].set(-jnp.inf)
+    # Longer transcripts than a token every other frame are not searched: room for them would cost as much as all else.
+    search = ctc.PrefixBeam(
+        beams=decoding.beams, tokens=(logits.shape[1] + 1) // 2, best=decoding.best, scorers=steering,
+        symbols=min(decoding.symbols, logits.shape[2] - ctc.BLANKS),
+    )  # fmt: skip
+    return search(logits, lengths)
+
+
+def _attention(
+    task: Any, params: Any, found: dict[str, jax.Array], decoding: Decoding, steering: Steering
+) -> Hypotheses:
+    frames, lengths = found["frames"], found["lengths"]
+    most = frames.shape[1]
+    decoder = NeuralScorer.listening(task.detached_decoder(), params["token_decoder"], most, frames, lengths)
+    heard = decoding.ctc_weight if "logits" in found else 0.0
+    team: Steering = ((decoder, 1 - heard),)
+    if heard:
+        team = (*team, (autoregressive.CTCPrefixScorer(jax.nn.log_softmax(found["logits"]), lengths), heard))
+    team = (*team, *steering)
+    if decoding.search == "greedy":
+        return autoregressive.greedy(team, lengths, max_tokens=most)
+    return autoregressive.beam_search(team, lengths, max_tokens=most, beams=decoding.beams, best=decoding.best)
+
+
+def _transducer(
+    task: Any, params: Any, found: dict[str, jax.Array], decoding: Decoding, steering: Steering
+) -> Hypotheses:
+    network, most = task.detached_network(), found["frames"].shape[1]
+    search: Any = transducer.Greedy(network, tokens=most)
+    if decoding.search == "beam":
+        search = transducer.Beam(network, decoding.beams, tokens=most, best=decoding.best, scorers=steering)
+    return search(params["network"], found["frames"], found["lengths"])
+
+
+_SEARCHES: dict[str, Callable[..., Hypotheses]] = {"ctc": _ctc, "seq2seq": _attention, "transducer": _transducer}
+
+
+def texts(tokenizer: Tokenizer, hypotheses: Hypotheses) -> list[list[tuple[str, float]]]:
     """Of every row the N best as (text, score), what does not exist left out."""
     return [
         [
             (tokenizer.decode(tokens[:length].tolist()), float(score))
             for tokens, length, score in zip(*row, strict=True)
-            if jnp.isfinite(score)
+            if np.isfinite(score)
         ]
         for row in zip(hypotheses.tokens, hypotheses.lengths, hypotheses.scores, strict=True)
     ]

@@ -2,20 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from speechjax.config import claim_workdir, load, to_json
 from speechjax.errors import UserError
+from speechjax.models.adapters import trainable_pattern
 
 REPO = Path(__file__).resolve().parent.parent
 FINETUNE = str(REPO / "configs/finetune/ctc.py")
 
 
-def a_run(folder: Path, spec: str = "configs/pretrain/apc.py:size=tiny,smoke") -> Path:
+def a_run(folder: Path, spec: str = "configs/pretrain/apc.py:size=tiny,smoke", **model: Any) -> Path:
     """A workdir with a config and a checkpoint of which only the name is looked at."""
     (folder / "checkpoints" / "7").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(to_json(load(str(REPO / spec)))))
+    config = to_json(load(str(REPO / spec)))
+    config["model"] |= model
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -47,7 +51,7 @@ def test_a_run_that_is_not_there_is_named(tmp_path):
     [
         ("head", [("^encoder/", 0, -1)]),
         ("top2", [("/layer-(1|2)/", 0, 0), ("^encoder/", 0, -1)]),
-        ("bitfit", [("^encoder/.*bias$", 0, 0), ("^encoder/", 0, -1)]),
+        ("lora", [(trainable_pattern([dict(kind="lora", name="task")]), 0, 0), ("^encoder/", 0, -1)]),
     ],
 )
 def test_what_trains_is_said_in_the_path_grammar(trains, freeze):
@@ -73,3 +77,12 @@ def test_classes_left_to_the_data_stay_what_the_data_said(tmp_path):
     again.task.classes = 30
     with pytest.raises(UserError, match=r"task.classes: 31 -> 30"):
         claim_workdir(tmp_path, again)
+
+
+def test_adapters_come_on_top_of_those_of_the_run(tmp_path):
+    """Or the second user's adapter would be trained on a base that has lost the task's."""
+    lora = dict(kind="lora", name="domain", rank=2)
+    run = a_run(tmp_path, adapters=(lora,))
+    plain, more = (load(f"{FINETUNE}:trains={what}", [f"init_from={run}"]).model.adapters for what in ("all", "lora"))
+    assert [block["name"] for block in plain] == ["domain"]
+    assert [block["name"] for block in more] == ["domain", "task"]

@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(base(args["labels"], args["size"]))
     if args["size"] == "tiny":
         config.update(tiny())
-    config.update(finetuning.trains(args["trains"]))
+    config.update(finetuning.trains(args["trains"], args["size"]))
     if args["trains"] == "all" and args["size"] != "tiny" and (wait := RECIPES[args["labels"]][5]):
         config.optim.freeze = (*config.optim.freeze, ("^encoder/", 0, wait))
     if args["smoke"]:

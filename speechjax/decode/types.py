@@ -4,6 +4,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+SPECIALS = 4  # ids below are no tokens of a transcript: <pad>, which is CTC's blank, <s>, </s>, <unk>
+
 
 class Hypotheses(NamedTuple):
     """The N best token sequences of every row, best first; rows of fewer have the score -inf at the end.

@@ -10,7 +10,7 @@ from speechjax import sharding
 from speechjax.errors import UserError
 from speechjax.evals import _answers, _groups
 from speechjax.logs import replace_file
-from speechjax.recognition import Decoding, make_decoder
+from speechjax.recognition import Decoding, Recognizer
 from speechjax.scoring import bootstrap, words
 from speechjax.train import Job
 
@@ -28,7 +28,7 @@ class Recognition:
     def __init__(
         self, job: Job, *, every: int, group: str = "", search: str = "greedy", beams: int = 16, symbols: int = 20,
         best: int = 1, lm: str = "", lm_weight: float = 0.5, token_bonus: float = 0.0, word_bonus: float = 0.0,
-        lexicon: str = "", hot_words: str = "", hot_word_bonus: float = 2.0,
+        lexicon: str = "", hot_words: str = "", hot_word_bonus: float = 2.0, ctc_weight: float = 0.3,
     ):  # fmt: skip
         self.job, self.every, self.group = job, every, group
         if job.data.transcripts is None:
@@ -37,9 +37,9 @@ class Recognition:
         decoding = Decoding(
             search=search, beams=beams, symbols=symbols, best=best, lm=lm, lm_weight=lm_weight, token_bonus=token_bonus,
             word_bonus=word_bonus, lexicon=lexicon, hot_words=hot_words, hot_word_bonus=hot_word_bonus,
+            ctc_weight=ctc_weight,
         )  # fmt: skip
-        decode = make_decoder(job.task, self.tokenizer, decoding)
-        self._decode = jax.jit(decode, out_shardings=sharding.replicated(job.mesh))
+        self._decode = Recognizer(job.task, self.tokenizer, decoding, sharding.replicated(job.mesh))
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         rows, variables = [], {"params": params, **extra}
