@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from speechjax import runs
-from speechjax.data.text import UNK, Tokenizer, load_tokenizer
+from speechjax.data.text import Tokenizer, load_tokenizer
 from speechjax.decode import autoregressive, ctc, transducer
 from speechjax.decode.arpa import read_arpa
-from speechjax.decode.bonus import Bonus
+from speechjax.decode.bonus import Bonus, Known
 from speechjax.decode.hot_words import HotWords
 from speechjax.decode.lexicon import LexiconScorer, read_lexicon
 from speechjax.decode.neural_scorer import NeuralScorer
@@ -113,7 +112,7 @@ def scorers(tokenizer: Tokenizer, decoding: Decoding) -> Steering:
         found.append((words, 1.0))
     if decoding.token_bonus or decoding.word_bonus:
         found.append((Bonus(len(tokens), decoding.token_bonus, decoding.word_bonus, boundary), 1.0))
-    return tuple(found)
+    return ((Known(len(tokens)), 1.0), *found) if found else ()
 
 
 def _neural(tokenizer: Tokenizer, workdir: str) -> NeuralScorer:
@@ -132,8 +131,6 @@ def _ctc(task: Any, params: Any, found: dict[str, jax.Array], decoding: Decoding
     logits, lengths = found["logits"], found["lengths"]
     if decoding.search == "greedy":
         return ctc.greedy(logits, lengths)
-    if steering:  # no scorer has anything to say of <unk>, so it would be the way around all of them
-        logits = logits.at[..., UNK].set(-jnp.inf)
     # Longer transcripts than a token every other frame are not searched: room for them would cost as much as all else.
     search = ctc.PrefixBeam(
         beams=decoding.beams, tokens=(logits.shape[1] + 1) // 2, best=decoding.best, scorers=steering,
@@ -164,7 +161,7 @@ def _transducer(
     network, most = task.detached_network(), found["frames"].shape[1]
     search: Any = transducer.Greedy(network, tokens=most)
     if decoding.search == "beam":
-        search = transducer.Beam(network, decoding.beams, tokens=most, best=decoding.best, scorers=steering)
+        search = transducer.Beam(network, decoding.beams, tokens=(most + 1) // 2, best=decoding.best, scorers=steering)
     return search(params["network"], found["frames"], found["lengths"])
 
 

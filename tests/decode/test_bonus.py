@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechjax.decode.bonus import Bonus
+from speechjax.decode.bonus import Bonus, Known
+from speechjax.decode.ctc import PrefixBeam
 
 SPACE = 4
 
@@ -31,3 +32,13 @@ def test_tokens_and_words_are_counted(text, tokens, words):
 
 def test_specials_earn_nothing():
     assert not Bonus(8, token=1.0, word=1.0, boundary=SPACE).scores(jnp.zeros((2, 3), bool))[..., :4].any()
+
+
+def test_with_scorers_a_search_knows_no_unknown():
+    """<unk> is likeliest in every frame; without the scorer it is found."""
+    logits = jnp.zeros((1, 3, 6)).at[..., 3].set(5.0).at[..., 5].set(2.0)
+    lengths = jnp.array([3], jnp.int32)
+    search = lambda *scorers: PrefixBeam(beams=4, tokens=3, symbols=3, best=1, scorers=scorers)(logits, lengths)  # noqa: E731
+    assert search().tokens[0, 0, 0] == 3
+    found = search((Known(6), 1.0))
+    assert found.tokens[0, 0, : int(found.lengths[0, 0])].tolist() == [5]
