@@ -60,7 +60,7 @@ def save(args: argparse.Namespace) -> None:
     """Writes the adapters of a run."""
     from flax.traverse_util import flatten_dict
 
-    from speechjax.models.adapter_files import save_adapter
+    from speechjax.adapter_files import save_adapter
 
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"--out={args.out}: no such folder: {args.out.absolute().parent}")
@@ -82,7 +82,7 @@ def save(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Prints what a file holds."""
-    from speechjax.models.adapter_files import load_adapter
+    from speechjax.adapter_files import load_adapter
 
     file = load_adapter(args.file)
     for block in file.adapters:
@@ -96,8 +96,8 @@ def show(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Writes a folder like a run's, adapters merged into its weights."""
+    from speechjax.adapter_files import attach, load_adapter
     from speechjax.models import adapter_merge
-    from speechjax.models.adapter_files import attach, load_adapter
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out={args.out} is there already; name a new folder")

@@ -7,8 +7,9 @@
         --evals.probe.source=folder:/data/fsdd
 
 Without --evals all evaluators of the run's config take part, and those that an --evals.NAME.key=value names: loss,
-picture, probe, abx, units, recognition.  The run is only read, so it may be going on; results go to WORKDIR/report/evaluate.json,
-pictures and tables into a folder beside it.  --config.data.key=value says where the data is on this machine.
+picture, probe, abx, units, recognition.  The run is only read, so it may be going on; results go to
+WORKDIR/report/evaluate.json, pictures and tables into a folder beside it.  --config.data.key=value says where the data
+is on this machine.
 """
 
 import argparse

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from speechjax import config as configs
-from speechjax import distributed
+from speechjax import distributed, runs
 from speechjax.data import pipeline
 from speechjax.errors import TooManyRejectedError, UserError
 
 log = logging.getLogger("speechjax")
+
+VOCABULARIES = ("vocab.json", "labels.json", "phones.json")
 
 
 def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
@@ -21,7 +23,7 @@ def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
     task = configs.make_task(config)
     room = workdir if jax.process_index() == 0 else None
     try:
-        data = open_data(config, task, workdir)
+        data = open_data(config, task, vocabularies(config, workdir))
     except TooManyRejectedError as error:
         if room:
             _write_rejected(room, error.rejected)
@@ -43,6 +45,20 @@ def open_data(config: Any, task: Any, workdir: Path | None) -> pipeline.Data:
         seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
         segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=workdir, **config.data.to_dict(),
     )  # fmt: skip
+
+
+def vocabularies(config: Any, workdir: Path | None) -> Path | None:
+    """Where the vocabularies are: in `workdir`, or, for a head that goes on from one, in the run that it comes from.
+
+    Otherwise the weights of a head would get other classes than they have learnt.
+    """
+    if workdir is None or not config.init_from or any((workdir / name).exists() for name in VOCABULARIES):
+        return workdir
+    there = runs.find_checkpoint(config.init_from).parent.parent
+    before: Any = runs.read_config(there)
+    keys = ("text", "text_steps", "units", "label")
+    same = all(before.data.get(key, "") == config.data[key] for key in keys) and before.task.name == config.task.name
+    return there if same else workdir
 
 
 def check_needs(task: Any, data: Any) -> None:

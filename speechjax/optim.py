@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from speechjax.errors import UserError
+from speechjax.ewc import consolidate
 from speechjax.paths import leaf_names, map_rules, match, path_name
 
 DECAYS = ("linear", "cosine", "exponential", "inverse_sqrt", "constant")
@@ -58,6 +59,8 @@ def make_optimizer(
     floor: float = 0.0,
     freeze: Sequence[tuple[str, int, int]] = (),
     rates: Sequence[tuple[str, float]] = (),
+    ewc: str = "",
+    ewc_weight: float = 0.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with decoupled decay and its learning-rate schedule; `clip_norm` 0 turns clipping off.
 
@@ -66,7 +69,8 @@ def make_optimizer(
     time, -1 for ever, the first rule that matches a parameter keeps it as it is; 0, 0 is never, for what a later rule
     would freeze.  What is frozen for ever has no
     moments; see `detach` for its gradient.  `rates` holds (path regex, factor) rules for the learning rate, every
-    parameter covered (discriminative fine-tuning, Howard and Ruder 2018, arXiv 1801.06146, section 3.2).
+    parameter covered (discriminative fine-tuning, Howard and Ruder 2018, arXiv 1801.06146, section 3.2).  `ewc` names a
+    run whose parameters are held fast with `ewc_weight` (see ewc.py).
     """
     rate = schedule(learning_rate=learning_rate, warmup=warmup, steps=steps, hold=hold, decay=decay, floor=floor)
     rules = tuple((pattern, float(value)) for pattern, value in weight_decay)
@@ -76,6 +80,7 @@ def make_optimizer(
     if any(map(_always, freeze)):
         adam = optax.masked(adam, lambda params: jax.tree.map(lambda still: not still, _still(params, freeze)))
     transforms = [
+        *([consolidate(ewc_weight)] if ewc else []),
         *frozen,
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         adam,

@@ -175,6 +175,8 @@ def optim(learning_rate: float, warmup: int, **changes: Any) -> Block:
         clip_norm=0.0,
         freeze=(),
         rates=(),
+        ewc="",
+        ewc_weight=0.0,
     )
     return block | changes
 

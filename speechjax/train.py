@@ -114,7 +114,8 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state, best, start = fresh_state(task, init, abstract, config.init_from), Best(schedule), 0
+            state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc)
+            best, start = Best(schedule), 0
         else:
             state, meta = restored
             best, start = Best(schedule, **meta["best"]), meta["step"]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from speechjax.errors import UserError
+from speechjax.ewc import recall
 from speechjax.paths import path_name
 from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State
@@ -19,13 +20,17 @@ from speechjax.step import State
 log = logging.getLogger("speechjax")
 
 
-def fresh_state(task: Any, init: Any, abstract: State, init_from: str) -> State:
-    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `init_from`, then by the task's start."""
+def fresh_state(task: Any, init: Any, abstract: State, init_from: str, ewc: str = "") -> State:
+    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `init_from`, then by the task's start.
+
+    `ewc` names a run that the optimizer shall remember (see ewc.py).
+    """
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     begun = (state.params, state.extra)
     params, extra = task.start(*(warm_start(*begun, init_from) if init_from else begun))
-    return jax.device_put(state.replace(params=params, extra=extra), place)
+    opt_state = recall(state.opt_state, ewc) if ewc else state.opt_state
+    return jax.device_put(state.replace(params=params, extra=extra, opt_state=opt_state), place)
 
 
 def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from speechjax import adapter
 from speechjax import config as configs
+from speechjax.adapter_files import attach, base_digest, load_adapter, save_adapter
 from speechjax.checkpoint import Checkpoints
 from speechjax.errors import UserError
-from speechjax.models.adapter_files import attach, base_digest, load_adapter, save_adapter
 from speechjax.models.adapters import ADAPTER_LEAF
 from speechjax.runs import open_run
 from speechjax.step import State
@@ -121,7 +121,7 @@ def test_a_file_holds_what_learnt_and_brings_it_back(tuned_lora, base, lora_file
     file = load_adapter(lora_file)
     head = {name for name in theirs if not name.startswith("encoder/")}
     assert file.leaves.keys() == {name for name in theirs if re.search(ADAPTER_LEAF, name)} | head
-    assert (file.head, file.about["task"]["name"], file.about["step"]) == ("whole", "phones", 3)
+    assert (file.head, file.about["task"]["name"], file.about["step"]) == ("whole", "frames", 3)
     assert file.adapters == [dict(LORA, dropout=0.0)]
     assert lora_file.stat().st_size < sum(x.nbytes for x in file.leaves.values()) + 8000
     attached = flat(attach(opened(base).variables["params"], [file]))
@@ -144,7 +144,7 @@ def test_show_says_what_a_file_holds(lora_file, capsys):
         r"lora +low +\{.*\"rank\": 2",
         r"holds +\d+ arrays of [\d,]+ parameters",
         r"head: whole",
-        r"\"phones\"",
+        r"\"frames\"",
     ):
         assert re.search(part, shown), shown
 

@@ -21,6 +21,11 @@ from ml_collections import ConfigDict
 from speechjax import presets
 from speechjax.config import parse_arg
 
+# Spans of the encoder's input are hidden, as in SpecAugment.
+HEAD = dict(
+    layers="last", mask_prob=0.1, mask_span=10, channel_mask_prob=0.0, channel_mask_span=1, head_dropout=0.0
+)  # fmt: skip
+
 
 def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, size=("base", "tiny"), mode=("frames", "ctc"), smoke=False)
@@ -29,6 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update(presets.tiny() | dict(model=presets.waveform("tiny")))
     if args["mode"] == "ctc":
         config.update(ctc(args["size"]))
+        config.task = ConfigDict(HEAD | dict(name="ctc", classes=256, recurrent_layers=0, recurrent_width=0))
     if args["smoke"]:
         config.update(smoke(args["size"], args["mode"]))
     return config
@@ -37,13 +43,12 @@ def get_config(arg: str = "") -> ConfigDict:
 def base() -> dict:
     """Phones with times."""
     return presets.experiment(
-        task=dict(
-            name="phones",
-            mode="frames",
+        task=HEAD
+        | dict(
+            name="frames",
+            loss="softmax",
             classes=256,  # the built-in corpus has about 120 phones; what does not occur is soon unlikely
             unit_hop=160,
-            mask_prob=0.1,
-            mask_span=10,
         ),
         model=presets.waveform("base"),
         data=presets.data(batch_seconds=2800.0) | dict(units="phones"),
@@ -55,9 +60,7 @@ def base() -> dict:
 def ctc(size: str) -> dict:
     """What differs with transcripts: whole utterances, as few as fit."""
     data = dict(units="", text="phonemes:en-us", crop_seconds=25.0)
-    if size == "tiny":
-        return dict(task=dict(mode="ctc"), data=data | dict(crop_seconds=15.0, row_multiple=1))
-    return dict(task=dict(mode="ctc"), data=data)
+    return dict(data=data | (dict(crop_seconds=15.0, row_multiple=1) if size == "tiny" else {}))
 
 
 def smoke(size: str, mode: str) -> dict:

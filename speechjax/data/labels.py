@@ -1,21 +1,25 @@
-"""Labels beside the batches of audio: a unit every so many samples, and a class for a whole utterance.
+"""Labels beside the batches of audio: a unit every so many samples, and classes or numbers for a whole utterance.
 
 Shapes: R rows of this host, G segments of a row, N units of a row.
 """
 
 import array
+import collections
+import functools
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speechjax.data import times
 from speechjax.data.decode import SAMPLE_RATE
+from speechjax.data.label_spec import CLASS, NUMBER, TAGS, LabelSpec, parse_labels
 from speechjax.data.plan import Batch, Rows, Shape, Spec
 from speechjax.data.records import Records
 from speechjax.data.shard_writer import write_json
@@ -25,7 +29,6 @@ from speechjax.errors import UserError
 
 log = logging.getLogger("speechjax")
 
-PHONE_HOP = SAMPLE_RATE // 100
 _FORMAT = 1  # of phones.json and labels.json
 _PHONES, _LABELS = "phones.json", "labels.json"
 
@@ -73,16 +76,21 @@ class UnitLabels:
 
 
 def read_units(records: Records, spec: str, workdir: Path | None) -> UnitLabels:
-    """What config.data.units says: "labels:DIR", a store, or "phones", the times of phones in the recordings' metadata.
+    """What config.data.units says: "labels:DIR", a store, or what the recordings' metadata say by time.
 
-    The vocabulary of phones is the workdir's, or what occurs, sorted.  Raises UserError where recordings have no units.
+    "phones": the phone that is on; the vocabulary is the workdir's, or what occurs, sorted.  "speech": 1 where somebody
+    speaks, else 0.  "turns:N": who of up to N speakers does, bit k for the k-th that begins in the recording.  Raises
+    UserError where recordings have no units.
     """
     kind, _, rest = spec.partition(":")
     if kind == "labels" and rest:
         return _stored(records, Path(rest))
-    if spec == "phones":
-        return _phones(records, workdir)
-    raise UserError(f"config.data.units={spec!r}: use labels:DIR with units made by {COMMAND}, or phones, or nothing")
+    if re.fullmatch(r"phones|speech|turns:\d+", spec):
+        return _timed(records, spec, workdir)
+    raise UserError(
+        f"config.data.units={spec!r}: use labels:DIR with units made by {COMMAND}, speech, turns:SPEAKERS, or phones, "
+        "or nothing"
+    )
 
 
 def _stored(records: Records, folder: Path) -> UnitLabels:
@@ -101,145 +109,191 @@ def _stored(records: Records, folder: Path) -> UnitLabels:
     )
 
 
-# ---- phones
+# ---- units by time
 
 
-def _phones(records: Records, workdir: Path | None) -> UnitLabels:
-    """Phones at 100 Hz, in memory: 200 bytes a second."""
+def _timed(records: Records, spec: str, workdir: Path | None) -> UnitLabels:
+    """Units at 100 Hz from times in the metadata, in memory: 200 bytes a second."""
+    kind, _, argument = spec.partition(":")
     number: dict[str, int] = {}
+    symbols, codes, needed = None, 0, "phones [[symbol, start s, end s], ...]"
+    if kind == "phones":
+        read = functools.partial(times.phone_frames, number=number)
+    elif kind == "speech":
+        read, symbols, codes = times.speech_frames, times.SPEECH, 2
+        needed = "segments [[start s, end s], ...], or phones with times,"
+    else:
+        if not 1 <= (speakers := int(argument)) <= times.MOST_SPEAKERS:
+            raise UserError(f"config.data.units={spec!r}: from 1 to {times.MOST_SPEAKERS} speakers can be told apart")
+        read, codes = functools.partial(times.turn_frames, speakers=speakers), 2**speakers
+        needed = "turns [[speaker, start s, end s], ...]"
     frames, bounds, where = array.array("h"), [0], np.full(len(records), -1)
     samples = identities(records)["samples"]
     for examples, entry in _entries(records):
-        if found := _phone_times(entry, int(samples[examples[0]])):
+        if (found := read(entry, int(samples[examples[0]]))) is not None:
             where[examples] = len(bounds) - 1
-            frames.frombytes(_phone_frames(found, int(samples[examples[0]]), number).tobytes())
+            frames.frombytes(found.tobytes())
             bounds.append(len(frames))
     have = int((where >= 0).sum())
     if not have:
         raise UserError(
-            "config.data.units='phones' needs phones [[symbol, start s, end s], ...] of the recordings, and "
-            f"{_sources(records)} has none"
+            f"config.data.units={spec!r} needs {needed} of the recordings, and {_sources(records)} has none"
         )
-    symbols = _stored_names(workdir, _PHONES, "symbols") or sorted(number)
-    codes = _recoded(np.array(frames, np.int16), number, symbols, f"{_PHONES} of {workdir}")
-    log.info("units: %d phones, one every 10 ms; %d of %d examples have them", len(symbols), have, len(records))
+    units = np.array(frames, np.int16)
+    if kind == "phones":
+        symbols = _stored_names(workdir, _PHONES, lambda content: content["symbols"]) or sorted(number)
+        units, codes = _recoded(units, number, symbols, f"{_PHONES} of {workdir}"), len(symbols)
+    log.info("units: %d of %s, one every 10 ms; %d of %d examples have them", codes, spec, have, len(records))
 
-    def read(i: int, first: int, count: int) -> np.ndarray:
+    def cut(i: int, first: int, count: int) -> np.ndarray:
         found = np.full(count, -1, np.int32)
         if (w := int(where[i])) >= 0:
-            own = codes[bounds[w] + max(0, first) : min(bounds[w + 1], bounds[w] + max(0, first + count))]
+            own = units[bounds[w] + max(0, first) : min(bounds[w + 1], bounds[w] + max(0, first + count))]
             found[max(0, -first) :][: len(own)] = own
         return found
 
-    return UnitLabels(PHONE_HOP, len(symbols), _digest("phones", symbols, where, codes), read, symbols)
+    return UnitLabels(times.HOP, codes, _digest(spec, symbols or [], where, units), cut, symbols)
 
 
-def _phone_times(entry: dict[str, Any], samples: int) -> list[tuple[str, int, int]]:
-    """(symbol, first sample, last sample + 1) of each phone in the order of time; [] where there are no times."""
-    phones = entry["meta"].get("phones") or []
-    if not isinstance(phones, list) or not phones or isinstance(phones[0], str):  # fairseq's have no times
-        return []
-    try:
-        times = [(str(symbol), round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)) for symbol, start, end in phones]
-    except (TypeError, ValueError, OverflowError):
-        times = []
-    if not times or min(start for _, start, _ in times) < 0:
-        raise UserError(f"phones of {entry['id']!r} are not [[symbol, start s, end s], ...], as in [['a', 0.1, 0.25]]")
-    last = max(end for _, _, end in times)
-    if last > samples + SAMPLE_RATE // 2:  # milliseconds or samples, or times of a longer recording
-        raise UserError(
-            f"phones of {entry['id']!r} go on to {last / SAMPLE_RATE:g} s, and it has {samples / SAMPLE_RATE:g} s: "
-            "give start and end in seconds from its beginning"
-        )
-    return sorted(times, key=lambda phone: phone[1])
-
-
-def _phone_frames(phones: list[tuple[str, int, int]], samples: int, number: dict[str, int]) -> np.ndarray:
-    """int16 [frames]: the phone at the centre of each, -1 for none, of two the one that began later."""
-    frames = np.full(samples // PHONE_HOP, -1, np.int16)
-    for symbol, *span in phones:
-        # Frame j has its centre at sample (j + 1/2) hop.
-        first, stop = (-((PHONE_HOP // 2 - at) // PHONE_HOP) for at in span)
-        frames[first:stop] = number.setdefault(symbol, len(number))
-    return frames
-
-
-# ---- classes
+# ---- labels of whole recordings
 
 
 @dataclass(frozen=True, eq=False)
-class ClassLabels:
-    """The class of every record: `codes` int32 [N] number `names`, -1 where it is unknown."""
+class Label:
+    """One label of every record: `key` in the batches, where row `codes`[i] of `table` is that of example i.
 
+    The last row of `table`, that of code -1, stands for unknown: -1 among int32 [V + 1] classes, -1 everywhere among
+    float32 [K + 1, V] sets of tags (else 1 for those that hold, 0 for the others), NaN among float32 [K + 1] numbers.
+    `names` [V] are those of classes or tags.  `strangers` counts the examples of names that the workdir's vocabulary
+    does not have.
+    """
+
+    key: str
     source: str
     names: list[str]
     codes: np.ndarray
+    table: np.ndarray
+    strangers: dict[str, int]
     digest: str
 
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """All labels of every record."""
+
+    parts: list[Label]
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """{key in the batches: names of its classes or tags, [] for a number}."""
+        return {label.key: label.names for label in self.parts}
+
+    @property
+    def digest(self) -> str:
+        return self.parts[0].digest if len(self.parts) == 1 else digest([label.digest for label in self.parts])
+
     def spec(self, shape: Shape) -> Spec:
-        return {"label": ((shape.rows,), np.int32)}
+        return {x.key: ((shape.rows, *x.table.shape[1:]), x.table.dtype.type) for x in self.parts}
 
     def batch(self, part: np.ndarray, rows: Rows, lengths: np.ndarray) -> Batch:
-        """{"label": int32 [R]}, -1 for unknown ones and rows without audio; `lengths` as for units, [R, 1]."""
+        """{key: int32 [R], float32 [R, V] or float32 [R]}, unknown for rows without audio; `lengths` as for units."""
         there = (rows.example[:, 0] >= 0) & (lengths[:, 0] > 0)
-        return {"label": np.where(there, self.codes[part[np.maximum(rows.example[:, 0], 0)]], np.int32(-1))}
+        which = part[np.maximum(rows.example[:, 0], 0)]
+        return {x.key: x.table[np.where(there, x.codes[which], -1)] for x in self.parts}
 
     def save(self, workdir: Path) -> None:
-        """The names into `workdir`; UserError where it has others."""
-        _save(workdir / _LABELS, {"format": _FORMAT, "label": self.source, "names": self.names})
+        """The names into `workdir`; UserError where it has others, or some of the recordings' names are not in it."""
+        for label in self.parts:
+            if label.strangers:
+                shown = sorted(label.strangers.items(), key=lambda item: (-item[1], item[0]))
+                raise UserError(
+                    f"{workdir / _LABELS} has no {', '.join(f'{k!r} ({n:,} examples)' for k, n in shown[:6])}"
+                    f"{', ...' if len(shown) > 6 else ''} for config.data.label={label.source!r}: a model keeps the "
+                    "classes it began with; leave those recordings out (config.data.exclude) or use a new --workdir"
+                )
+        each = {label.key: {"label": label.source, "names": label.names} for label in self.parts}
+        alone = len(each) == 1 and "label" in each
+        _save(workdir / _LABELS, {"format": _FORMAT, **(each["label"] if alone else {"labels": each})})
 
 
-def read_classes(records: Records, spec: str, workdir: Path | None) -> ClassLabels:
-    """What config.data.label says: "meta:FIELD" of the metadata, or "id:REGEX", whose group `label` is searched in ids.
+def read_labels(records: Records, spec: str, workdir: Path | None) -> Labels:
+    """What config.data.label says (speechjax.data.label_spec).
 
-    Segments have the class of their recording.  The names are the workdir's, or what occurs, sorted.  Raises UserError
-    where no recording has a class, all have the same, or the regex is none or has no such group.
+    Segments have the labels of their recording.  Names are the workdir's, or what occurs, sorted.  Raises UserError
+    where no recording has a label, all have the same class, or the text means nothing.
     """
-    kind, _, rest = spec.partition(":")
-    if kind not in ("meta", "id") or not rest:
-        raise UserError(
-            f"config.data.label={spec!r}: use meta:FIELD, e.g. meta:speaker, or id:REGEX with a group (?P<label>...)"
-        )
-    classify = _field(rest) if kind == "meta" else _pattern(rest)
-    number: dict[str, int] = {}
-    codes, fields, example = np.full(len(records), -1, np.int32), set[str](), ""
+    specs = parse_labels(spec)
+    numbers: list[dict[Any, int]] = [{} for _ in specs]
+    fields: list[set[str]] = [set() for _ in specs]
+    codes, example = np.full((len(specs), len(records)), -1, np.int32), ""
     for examples, entry in _entries(records):
-        fields |= {name for name, value in entry["meta"].items() if isinstance(value, str | int | float)}
         example = example or entry["id"]
-        if name := classify(entry):
-            codes[examples] = number.setdefault(name, len(number))
-    if not number:
-        known = f"there are {', '.join(sorted(fields)) or 'no fields'}" if kind == "meta" else f"e.g. {example!r}"
-        raise UserError(f"config.data.label={spec!r}: no recording of {_sources(records)} has it; {known}")
-    names = _stored_names(workdir, _LABELS, "names") or sorted(number)
+        for own, number, known, one in zip(codes, numbers, fields, specs, strict=True):
+            known |= one.fields(entry["meta"])
+            if (value := one.read(entry)) is not None:
+                own[examples] = number.setdefault(value, len(number))
+    for number, known, one in zip(numbers, fields, specs, strict=True):
+        if not any(value != () for value in number):
+            there = (
+                f"e.g. {example!r}"
+                if one.text.startswith("id:")
+                else f"there are {', '.join(sorted(known)) or 'no fields'}"
+            )
+            raise UserError(f"config.data.label={one.text!r}: no recording of {_sources(records)} has it; {there}")
+    make = {CLASS: _class_label, TAGS: _tag_label, NUMBER: _number_label}
+    parts = [make[one.kind](one, own, number, workdir) for one, own, number in zip(specs, codes, numbers, strict=True)]
+    for label in parts:
+        log.info(
+            "labels: %s, %s (%s); %d of %d examples have one", label.key,
+            f"{len(label.names)} classes" if label.names else "numbers", label.source,
+            (label.codes >= 0).sum(), len(label.codes),
+        )  # fmt: skip
+    return Labels(parts)
+
+
+def _class_label(spec: LabelSpec, codes: np.ndarray, number: dict[str, int], workdir: Path | None) -> Label:
+    names = _label_names(spec, workdir) or sorted(number)
     if len(names) < 2:
-        raise UserError(f"config.data.label={spec!r}: all recordings are {names[0]!r}; at least two classes are needed")
+        raise UserError(
+            f"config.data.label={spec.text!r}: all recordings are {names[0]!r}; at least two classes are needed"
+        )
+    count = np.bincount(codes[codes >= 0], minlength=len(number))
+    strangers = {name: int(count[k]) for name, k in number.items() if name not in set(names)}
     codes = _recoded(codes, number, names, f"{_LABELS} of {workdir}")
-    log.info("labels: %d classes (%s); %d of %d examples have one", len(names), spec, (codes >= 0).sum(), len(codes))
-    return ClassLabels(spec, names, codes, _digest(spec, names, codes))
+    table = np.array([*range(len(names)), -1], np.int32)
+    return Label(spec.key, spec.text, names, codes, table, strangers, _digest(spec.text, names, codes))
 
 
-def _field(name: str) -> Callable[[dict[str, Any]], str | None]:
-    def classify(entry: dict[str, Any]) -> str | None:
-        value = entry["meta"].get(name)
-        return str(value) if isinstance(value, str | int | float) else None  # lists and None are no classes
+def _tag_label(
+    spec: LabelSpec, codes: np.ndarray, number: dict[tuple[str, ...], int], workdir: Path | None
+) -> Label:  # fmt: skip
+    count, occurs = np.bincount(codes[codes >= 0], minlength=len(number)), collections.Counter[str]()
+    for tags, k in number.items():
+        occurs.update(dict.fromkeys(tags, int(count[k])))
+    names = _label_names(spec, workdir) or sorted(occurs)
+    table = np.zeros((len(number) + 1, len(names)), np.float32)
+    table[-1] = -1
+    column = {name: v for v, name in enumerate(names)}
+    for tags, k in number.items():
+        table[k, [column[tag] for tag in tags if tag in column]] = 1
+    strangers = {name: n for name, n in occurs.items() if name not in column}
+    _warn_of(strangers, f"{_LABELS} of {workdir}")
+    return Label(spec.key, spec.text, names, codes, table, strangers, _digest(spec.text, names, codes, table))
 
-    return classify
+
+def _number_label(spec: LabelSpec, codes: np.ndarray, number: dict[float, int], workdir: Path | None) -> Label:
+    table = np.array([*number, np.nan], np.float32)
+    return Label(spec.key, spec.text, [], codes, table, {}, _digest(spec.text, [], codes, table))
 
 
-def _pattern(pattern: str) -> Callable[[dict[str, Any]], str | None]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"config.data.label={'id:' + pattern!r} is not a regular expression: {error}") from error
-    if "label" not in regex.groupindex:
-        raise UserError(f"config.data.label={'id:' + pattern!r} needs a group label, as in id:(?P<label>[^/]+)/")
+def _label_names(spec: LabelSpec, workdir: Path | None) -> list[str] | None:
+    """The names that the workdir has for a label; None where it has the label not."""
 
-    def classify(entry: dict[str, Any]) -> str | None:
-        found = regex.search(entry["id"])
-        return found["label"] if found else None
+    def pick(content: dict[str, Any]) -> Any:
+        both = content["labels"] if "labels" in content else {"label": content}
+        return both[spec.key]["names"] if spec.key in both else None
 
-    return classify
+    return _stored_names(workdir, _LABELS, pick)
 
 
 # ---- both
@@ -261,21 +315,26 @@ def _entries(records: Records) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
 def _recoded(codes: np.ndarray, number: dict[str, int], names: list[str], where: str) -> np.ndarray:
     """Codes in the order in which names were first seen -> in the order of `names`, -1 for what is not among them."""
     code = {name: k for k, name in enumerate(names)}
-    if unknown := sorted(number.keys() - code.keys()):
-        log.warning("%s not in %s: left without a label", ", ".join(map(repr, unknown[:6])), where)
+    _warn_of(number.keys() - code.keys(), where)
     lookup = np.array([*(code.get(name, -1) for name in number), -1], codes.dtype)  # the last stands for none, -1
     return lookup[codes]
 
 
-def _stored_names(workdir: Path | None, file: str, field: str) -> list[str] | None:
-    """The vocabulary that an earlier start left in the workdir: weights belong to it."""
+def _warn_of(unknown: Iterable[str], where: str) -> None:
+    if found := sorted(unknown):
+        log.warning("%s not in %s: left without a label", ", ".join(map(repr, found[:6])), where)
+
+
+def _stored_names(workdir: Path | None, file: str, pick: Callable[[dict[str, Any]], Any]) -> list[str] | None:
+    """The vocabulary that an earlier start left in the workdir, `pick` of the file: weights belong to it."""
     if workdir is None or not (workdir / file).exists():
         return None
     try:
         content = json.loads((workdir / file).read_text(encoding="utf-8"))
-        names = content[field] if content["format"] == _FORMAT else None
+        if (names := pick(content) if content["format"] == _FORMAT else ()) is None:
+            return None
     except (ValueError, KeyError, TypeError):
-        names = None
+        names = ()
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{workdir / file} is damaged; restore it from a copy, or use a new --workdir")
     return names

@@ -15,12 +15,13 @@ import numpy as np
 from speechjax.data.buffers import Buffers
 from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.fill import FillPlan
-from speechjax.data.labels import ClassLabels, UnitLabels, read_classes, read_units
+from speechjax.data.labels import Labels, UnitLabels, read_labels, read_units
 from speechjax.data.mixture import rates
 from speechjax.data.plan import Batch, Plan, Rows, Shape, Spec, plan_shapes
 from speechjax.data.records import Records, open_records
 from speechjax.data.shards import DamagedError, UnreadableError
 from speechjax.data.sources import digest
+from speechjax.data.split import held_out, some
 from speechjax.data.transcripts import Transcripts, read_transcripts
 from speechjax.errors import UserError
 
@@ -28,7 +29,6 @@ log = logging.getLogger("speechjax")
 
 _PATIENCE = 100  # unreadable examples before their share is judged
 _MEMORY = 4096  # examples over which it is judged
-_HELD_OUT_CANDIDATES = 100_000
 
 
 class Data:
@@ -39,19 +39,20 @@ class Data:
     "starts" int32 [R, G] says at which sample each begins.  "unread" int32 [R] counts the examples of a row that could
     not be read; they are empty.  With a tokenizer there are also "tokens" int32 [R, U] and "token_lengths" int32 [R], 0
     where there is no transcript; with `units` "units" int32 [R, N], one a `unit_hop` samples of the row from its first
-    on, and with `labels` "label" int32 [R], both -1 where there is none.  This host gets its contiguous part of the
-    global rows.
+    on, -1 where there is none; with `labels` "label" or "label_NAME", a class int32 [R], -1 for none, tags float32
+    [R, V], -1 for unknown, or a number float32 [R], NaN for none.  This host gets its contiguous part of the global
+    rows.
     """
 
     def __init__(
         self, records: Records, train: np.ndarray, valid: np.ndarray, train_plan: Plan | FillPlan, valid_plan: Plan,
         transcripts: Transcripts | None = None, max_bad_share: float = 0.0,
-        units: UnitLabels | None = None, labels: ClassLabels | None = None,
+        units: UnitLabels | None = None, labels: Labels | None = None,
     ):  # fmt: skip
         self.records, self.transcripts = records, transcripts
         self.units, self.labels = units, labels
         self.unit_hop, self.unit_codes = (units.hop, units.codes) if units else (0, 0)
-        self.label_names = labels.names if labels else []
+        self.label_names = labels.names.get("label", []) if labels else []
         self.sample_rate = SAMPLE_RATE
         self.max_bad_share = max_bad_share
         self._warned = 0
@@ -80,14 +81,22 @@ class Data:
 
         Raises UserError once more than `max_bad_share` of the examples could not be read.
         """
+        if self._parts["train"] is self._parts["valid"]:
+            raise UserError("nothing is left to train on: config.data.valid holds everything out")
         plan = self._plans["train"]
         read = lambda k: self._read("train", plan.batch(k), host, hosts)  # noqa: E731
-        return _prefetched(read, list(self.specs[0]), start, stop)
+        return _prefetched(read, self.specs[0], start, stop)
 
     def valid_batches(self, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
         """Every held-out example once."""
         for rows in self._plans["valid"].sweep():
             yield self._read("valid", rows, host, hosts)
+
+    def valid_examples(self) -> Iterator[np.ndarray]:
+        """Which example of the records is in every global row of `valid_batches`: int [rows], -1 for an empty one."""
+        for rows in self._plans["valid"].sweep():
+            example = rows.example[:, 0]
+            yield np.where(example >= 0, self._parts["valid"][np.maximum(example, 0)], -1)
 
     @property
     def digest(self) -> str:
@@ -192,15 +201,14 @@ def read_rows(
     return flat | {"unread": unread}
 
 
-def _prefetched(read: Callable[[int], Batch], names: list[str], start: int, stop: int) -> Iterator[Batch]:
+def _prefetched(read: Callable[[int], Batch], spec: Spec, start: int, stop: int) -> Iterator[Batch]:
     # Before the import: TensorFlow prints start-up notices that mean nothing to a user of tf.data.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
-    kinds = {"audio": tf.int16, "mean": tf.float32, "std": tf.float32}
-    types = tuple(kinds.get(name, tf.int32) for name in names)
+    names, types = list(spec), tuple(tf.as_dtype(np.dtype(dtype)) for _, dtype in spec.values())
     failure: list[UserError] = []
 
     def fetch(k):
@@ -256,6 +264,9 @@ def open_data(
     cache_dir: str,
     units: str = "",
     label: str = "",
+    valid: str = "",
+    train_seconds: float = 0.0,
+    text_field: str = "text",
 ) -> Data:
     """Opens `source` (preparing it at first use), holds some out, and plans static batch shapes.
 
@@ -264,11 +275,14 @@ def open_data(
     of `shapes` batch shapes, or, with `fill`, rows are filled with segments of several examples, at least 2 s each,
     in one shape; `segment_align` is what the model asks of their starts, 0 if it cannot tell segments apart.
     `include` and `exclude` are regexes on recording ids.  `valid_seconds` of audio, at most a tenth, are held out,
-    chosen by a hash of the id, so that adding files moves few.  `text` names a tokenizer (speechjax.data.text; empty:
-    no transcripts) and `text_steps` its normalisation.  `units` and `label` add targets (speechjax.data.labels):
-    "labels:DIR" or "phones" for every frame, "meta:FIELD" or "id:REGEX" for an utterance.  Vocabularies in `workdir`
-    are used as they are.  `frame_len` is (samples a frame, samples the first frame takes more).  Raises UserError for
-    anything wrong with the source, and where rows do not divide over `row_divisor` devices.
+    chosen by a hash of the id, so that adding files moves few; or `valid` is a regex on the ids of what is held out
+    (".": everything, to evaluate only) or @FILE with an id a line.  `train_seconds` of the rest are trained on, 0 for
+    all.  `text` names a tokenizer (speechjax.data.text; empty: no transcripts), `text_steps` its normalisation, and
+    `text_field` where in the metadata texts are.  `units` and `label` add targets (speechjax.data.labels): "labels:DIR", "phones", "speech"
+    or "turns:SPEAKERS" for every frame, "meta:FIELD", "id:REGEX", "tags:FIELD" or "number:FIELD", perhaps several, for
+    an utterance.  Vocabularies in `workdir` are used as they are.  `frame_len` is (samples a frame, samples the first
+    frame takes more).  Raises UserError for anything wrong with the source, and where rows do not divide over
+    `row_divisor` devices.
     """
     if row_multiple < 1 or row_multiple % row_divisor:
         raise UserError(f"config.data.row_multiple={row_multiple} must be a multiple of the {row_divisor} devices")
@@ -282,8 +296,9 @@ def open_data(
         source, cache_dir=cache_dir or None, min_seconds=min_seconds, max_bad_share=max_bad_share,
         include=include, exclude=exclude, segment_seconds=max(30.0, crop_seconds),
     )  # fmt: skip
-    valid = _held_out(records, valid_seconds)
-    train = np.delete(np.arange(len(records)), valid)
+    kept = held_out(records, valid_seconds, valid)
+    train = some(records, np.delete(np.arange(len(records)), kept), train_seconds)
+    train = train if len(train) else kept  # the shapes of batches are made for something; see `train_batches`
     lengths, part = records.lengths[train], records.part[train]
     heard = _rates(records, lengths, part, temperature)
     hop, extra = frame_len
@@ -306,18 +321,18 @@ def open_data(
         )  # fmt: skip
     else:
         train_plan = Plan(lengths, planned, seed, part, heard.tolist())
-    transcripts = read_transcripts(records, planned, text, text_steps, workdir) if text else None
+    transcripts = read_transcripts(records, planned, text, text_steps, workdir, text_field) if text else None
     data = Data(
-        records, train, valid, train_plan, Plan(records.lengths[valid], planned, seed), transcripts, max_bad_share,
+        records, train, kept, train_plan, Plan(records.lengths[kept], planned, seed), transcripts, max_bad_share,
         read_units(records, units, workdir) if units else None,
-        read_classes(records, label, workdir) if label else None,
+        read_labels(records, label, workdir) if label else None,
     )  # fmt: skip
-    useful, kept = train_plan.useful_share()
+    useful, survives = train_plan.useful_share()
     log.info(
         "batches: %s; %.1f %% of a batch is audio, %.1f %% of the audio survives cropping; %d batches an epoch, "
         "%d recordings (%.0f s) held out",
-        ", ".join(_named(shape) for shape in train_plan.shapes), 100 * useful, 100 * kept,
-        data.batches_per_epoch, len(valid), records.lengths[valid].sum() / SAMPLE_RATE,
+        ", ".join(_named(shape) for shape in train_plan.shapes), 100 * useful, 100 * survives,
+        data.batches_per_epoch, len(kept), records.lengths[kept].sum() / SAMPLE_RATE,
     )  # fmt: skip
     return data
 
@@ -342,26 +357,3 @@ def _rates(records: Records, lengths: np.ndarray, part: np.ndarray, temperature:
                 heard[s],
             )  # fmt: skip
     return heard
-
-
-def _held_out(records: Records, seconds: float) -> np.ndarray:
-    """Indices of the held-out examples: whole recordings in the order of a hash, as many as fit, at least one."""
-    new = (np.diff(records.row, prepend=-1) != 0) | (np.diff(records.part, prepend=-1) != 0)
-    first = np.flatnonzero(new)  # of each recording's segments
-    if len(first) < 2:
-        raise UserError("only one usable recording; at least two are needed, one of them to hold out")
-    size = np.add.reduceat(records.lengths, first)
-    room = min(seconds * SAMPLE_RATE, int(size.sum()) / 10)
-    keys = records.keys[first]
-    if len(keys) > _HELD_OUT_CANDIDATES:
-        candidates = np.argpartition(keys, _HELD_OUT_CANDIDATES)[:_HELD_OUT_CANDIDATES]
-    else:
-        candidates = np.arange(len(keys))
-    candidates = candidates[np.argsort(keys[candidates], kind="stable")]
-    chosen: list[int] = []
-    for k in candidates.tolist():
-        if size[k] <= room:
-            chosen.append(k)
-            room -= int(size[k])
-    chosen = chosen or [int(candidates[np.argmin(size[candidates])])]
-    return np.flatnonzero(np.isin(np.cumsum(new) - 1, chosen))

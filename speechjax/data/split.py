@@ -1,6 +1,9 @@
 """Which recordings are held out, and which are trained on: decided by ids, so that adding files moves few."""
 
+import logging
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -8,15 +11,20 @@ from speechjax.data.decode import SAMPLE_RATE
 from speechjax.data.records import Records
 from speechjax.errors import UserError
 
+log = logging.getLogger("speechjax")
+
 _CANDIDATES = 100_000
 
 
 def held_out(records: Records, seconds: float, pattern: str) -> np.ndarray:
     """Indices of the held-out examples: whole recordings whose id matches `pattern`; without one by a hash of the id.
 
-    By hash as many recordings as fit into `seconds`, at most a tenth, at least one.  Raises UserError for a pattern
-    that is no regex or matches nothing, and for fewer than two recordings.
+    A pattern "@FILE" names the recordings in FILE, an id a line (`recording_id`; a regex that begins with @ is written
+    [@]...).  By hash as many recordings as fit into `seconds`, at most a tenth, at least one.  Raises UserError for a
+    pattern that is no regex or matches nothing, a file that cannot be read, and for fewer than two recordings.
     """
+    if pattern.startswith("@"):
+        return _listed(records, Path(pattern[1:]).expanduser())
     if pattern:
         try:
             wanted = re.compile(pattern)
@@ -47,6 +55,34 @@ def some(records: Records, examples: np.ndarray, seconds: float) -> np.ndarray:
     if not chosen:
         raise UserError(f"config.data.train_seconds={seconds:g} is less than any recording has")
     return examples[np.sort(chosen)]
+
+
+def recording_id(records: Records, i: int) -> str:
+    """Id of the recording that example i is, or is a segment of."""
+    name = records.id(i)
+    return name if records.piece[i] < 0 else name.rpartition("#")[0]
+
+
+def list_ids(ids: Iterable[str]) -> bytes:
+    """What a FILE holds that config.data.valid=@FILE names; UserError for an id that does not fit into a line."""
+    lines = sorted(set(ids))
+    if broken := [name for name in lines if "\n" in name or "\r" in name]:
+        raise UserError(f"the id {broken[0]!r} has a line break: no list of ids can hold it")
+    return "".join(f"{name}\n" for name in lines).encode("utf-8", "surrogateescape")
+
+
+def _listed(records: Records, file: Path) -> np.ndarray:
+    try:
+        wanted = set(filter(None, re.split(r"\r?\n", file.read_bytes().decode("utf-8", "surrogateescape"))))
+    except OSError as error:
+        raise UserError(f"config.data.valid=@{file}: {error.strerror}; write a file with an id a line") from None
+    names = [recording_id(records, i) for i in range(len(records))]
+    found = np.flatnonzero([name in wanted for name in names])
+    if not len(found):
+        raise UserError(f"config.data.valid=@{file}: no recording has one of its {len(wanted)} ids, e.g. {names[0]!r}")
+    if missing := len(wanted - set(names)):
+        log.warning("config.data.valid=@%s: %d of its %d ids are of no recording", file, missing, len(wanted))
+    return found
 
 
 def _recordings(records: Records) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,8 @@ class Head(Task):
     channel_mask_span: int
     head_dropout: float
 
+    packed = False  # whether rows may hold several utterances
+
     def setup(self):
         if self.layers not in ("last", "weighted"):
             raise UserError(f"config.task.layers={self.layers!r}: choose last or weighted")
@@ -41,9 +43,9 @@ class Head(Task):
         self.head_drop = nn.Dropout(self.head_dropout)
 
     def encode(self, batch: dict[str, jax.Array], train: bool) -> Encoded:
-        """Frames of the encoder, masked in training; UserError for packed rows, which heads do not know."""
-        if "starts" in batch:
-            raise UserError("a task with labels needs one utterance a row: set config.data.fill=False")
+        """Frames of the encoder, masked in training; UserError for packed rows where the head does not know them."""
+        if "starts" in batch and not self.packed:
+            raise UserError("this task needs one utterance a row: set config.data.fill=False")
         features, lengths = self.encoder.extract(batch)
         B, T, _ = features.shape
         mask = channels = None
@@ -76,7 +78,7 @@ class Head(Task):
     def score(
         self, encoded: Encoded, batch: dict[str, jax.Array], *, step: jax.Array, train: bool
     ) -> tuple[Sums, Sums]:
-        """Losses and metrics of what the encoder made of a batch; apart from `__call__`, so that heads may share one."""
+        """Losses and metrics of what the encoder made of a batch; apart from `__call__`: heads may share an encoder."""
         raise NotImplementedError
 
     def respond(self, encoded: Encoded) -> dict[str, jax.Array]:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from speechjax.errors import UserError
-from speechjax.models.layers import fan_in_uniform, frame_mask
+from speechjax.models.layers import fan_in_uniform
 from speechjax.models.masking import span_mask
 from speechjax.models.pooling import AttentiveStatistics, mean_pool
-from speechjax.models.quantizer import perplexity
-from speechjax.tasks._base import Sums, Task, sow_sum
+from speechjax.tasks import _classes
+from speechjax.tasks._base import Sums, Task
 
 
 class Sounds(Task):
@@ -77,66 +77,24 @@ class Sounds(Task):
 
     def __call__(self, batch: dict[str, jax.Array], *, step: jax.Array, train: bool) -> tuple[Sums, Sums]:
         logits, lengths, _ = self._logits(batch, train)
-        label = jnp.where(lengths > 0, batch["label"], -1)
-        counts = label >= 0
-        n = jnp.sum(counts).astype(jnp.float32)
-        some = (n > 0).astype(jnp.float32)
-        over = lambda x: jnp.sum(jnp.where(counts, x.astype(jnp.float32), 0))  # noqa: E731
-        at_label = lambda x: jnp.take_along_axis(x, jnp.maximum(label, 0)[:, None], axis=1)[:, 0]  # noqa: E731
-        guess = jnp.argmax(logits, axis=1).astype(jnp.int32)
-        tally = lambda x: jnp.sum(jax.nn.one_hot(jnp.where(counts, x, -1), self.classes), axis=0)  # noqa: E731
-        frequency = tally(label)
-        use = lambda x: (perplexity(x / jnp.maximum(n, 1)) * some, some)  # noqa: E731
-        sow_sum(self, "labels", frequency)
-
-        seen = self.seen.value
-        prior = jnp.log1p(seen.astype(jnp.float32)) - jnp.log(jnp.sum(seen).astype(jnp.float32) + self.classes)
-        losses = {"classification": (over(jax.nn.logsumexp(logits, axis=1) - at_label(logits)), n)}
-        metrics = {
-            "chance_classification": (over(-prior[jnp.maximum(label, 0)]), n),
-            "accuracy": (over(guess == label), n),
-            "chance_accuracy": (over(label == jnp.argmax(seen)), n),
-            "target_perplexity": use(frequency),
-            "prediction_perplexity": use(tally(guess)),
-            "labelled_share": (n, jnp.sum(lengths > 0).astype(jnp.float32)),
-        }
-        return losses, metrics
+        label, seen = jnp.where(lengths > 0, batch["label"], -1), self.seen.value
+        metrics = _classes.class_metrics(self, logits, label, lengths, seen)
+        n = metrics["accuracy"][1]
+        surprise = jax.nn.logsumexp(logits, axis=1) - _classes.at_label(logits, label)
+        chance = -_classes.log_prior(seen)[jnp.maximum(label, 0)]
+        losses = {"classification": (_classes.over_labelled(label, surprise), n)}
+        return losses, {"chance_classification": (_classes.over_labelled(label, chance), n), **metrics}
 
     def after_step(self, params: Any, extra: Any, sums: Any, step: jax.Array) -> Any:
         """The labels of this batch are known from now on."""
-        counts = extra["prior"]["counts"] + jnp.rint(sums["labels"]).astype(jnp.int32)
-        return {**extra, "prior": {"counts": counts}}
+        return _classes.count_labels(extra, sums)
 
     def predict(self, batch: dict[str, jax.Array], *, step: jax.Array) -> dict[str, jax.Array]:
         """What a picture shows: class and likeliest class of the utterance, at each of its frames [B, T]."""
         logits, lengths, T = self._logits(batch, train=False)
-        valid = frame_mask(lengths, T)
-        spread = lambda x: jnp.where(valid, x.astype(jnp.int32)[:, None], -1)  # noqa: E731
-        return dict(lengths=lengths, true=spread(batch["label"]), predicted=spread(jnp.argmax(logits, axis=1)))
+        true, predicted = (_classes.spread(x, lengths, T) for x in (batch["label"], jnp.argmax(logits, axis=1)))
+        return dict(lengths=lengths, true=true, predicted=predicted)
 
     def health(self, metrics: Mapping[str, float], step: int) -> dict[str, str]:
         """Known ways this objective fails, {alarm: message}, from one log window's metrics."""
-        alarms = {}
-        true, guessed = metrics["target_perplexity"], metrics["prediction_perplexity"]
-        if metrics["labelled_share"] < 0.25:
-            alarms["unlabelled"] = (
-                f"only {metrics['labelled_share']:.0%} of the rows have a class, the others teach nothing: does "
-                "config.data.label fit this source?"
-            )
-        if true < 1.2:
-            alarms["one_class"] = (
-                f"nearly all labels of a batch are the same (perplexity {true:.2f}): there is nothing to learn; use "
-                "another config.data.label, or even out the source"
-            )
-        elif step >= 1000:
-            if guessed < 1 + 0.1 * (true - 1):
-                alarms["constant_prediction"] = (
-                    f"all utterances of a batch get the same class (perplexity {guessed:.2f} of {true:.2f}): pooling "
-                    "or encoder have collapsed; lower optim.learning_rate or lengthen optim.warmup"
-                )
-            if metrics["classification"] > 0.98 * metrics["chance_classification"]:
-                alarms["stuck_at_chance"] = (
-                    f"loss {metrics['classification']:.3f} is no better than guessing by frequency, "
-                    f"{metrics['chance_classification']:.3f}: can the class be heard? Then check the learning rate"
-                )
-        return alarms
+        return _classes.class_alarms(metrics, step, "classification")

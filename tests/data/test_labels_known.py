@@ -9,7 +9,7 @@ from counting import CASES, PHONE_HOP, make_records, random_lengths, segments_of
 from memory import OPTIONS
 
 from speechjax.data import pipeline
-from speechjax.data.labels import read_classes, read_units
+from speechjax.data.labels import read_labels, read_units
 from speechjax.errors import UserError
 
 # ---- phones
@@ -144,7 +144,7 @@ def test_every_segment_and_crop_has_the_class_of_its_recording(open_memory, spea
 
 def test_classes_by_id(speakers):
     records, _ = speakers
-    found = read_classes(records, r"id:^(?P<label>[xy])/", None)
+    [found] = read_labels(records, r"id:^(?P<label>[xy])/", None).parts
     assert found.names == ["x", "y"]
     assert found.codes.tolist() == [[0, 1, -1][i // 2 % 3] for i in range(60)]
 
@@ -158,7 +158,7 @@ def test_class_names_of_the_workdir_stay(open_memory, speakers, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         again = open_memory(other, label="meta:speaker", workdir=tmp_path)
     assert again.label_names == ["7", "a", "b"]
-    assert again.labels.codes.tolist() == [2, -1] * 10
+    assert again.labels.parts[0].codes.tolist() == [2, -1] * 10
     assert "'A' not in labels.json of" in caplog.text
     with pytest.raises(UserError, match=r"labels.json is another vocabulary"):
         open_memory(other, label="meta:speaker").save(tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechjax.data.split import held_out, some
+from speechjax.data.split import held_out, list_ids, recording_id, some
 from speechjax.errors import UserError
 from tests.data.memory import memory_records
 
@@ -46,3 +46,31 @@ def test_less_is_a_part_of_more():
     assert some(found, everything, 0.0) is everything
     with pytest.raises(UserError, match=r"config.data.train_seconds=0.1 is less than any recording has"):
         some(found, everything, 0.1)
+
+
+def test_a_file_names_recordings_with_all_their_segments(tmp_path, caplog):
+    ids = ["a#0000", "a#0001", "b", "b2", "c\u2028d", "a+c"]
+    file = tmp_path / "held_out.txt"
+    file.write_bytes(list_ids(["c\u2028d", "a", "gone"]))
+    found = held_out(records(ids), 1.0, f"@{file}")
+    assert [ids[i] for i in found] == ["a#0000", "a#0001", "c\u2028d"]  # neither "b" nor, as a pattern would, "a+c"
+    assert "1 of its 3 ids are of no recording" in caplog.text
+    assert recording_id(records(ids), 1) == "a"
+    file.write_bytes(b"b\r\n\r\nb2")  # as another system writes it
+    assert [ids[i] for i in held_out(records(ids), 1.0, f"@{file}")] == ["b", "b2"]
+
+
+def test_recordings_of_a_mixture_are_named_with_their_part(tmp_path):
+    both = memory_records([16_000] * 4, ["x", "y", "x", "y"], part=[0, 0, 1, 1], weights=(1.0, 1.0))
+    (tmp_path / "list").write_bytes(list_ids(["1:x"]))
+    assert held_out(both, 1.0, f"@{tmp_path}/list").tolist() == [2]
+
+
+def test_a_file_that_names_nobody_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: No such file.*; write a file with an id a line"):
+        held_out(records(), 1.0, f"@{tmp_path}/nowhere")
+    (tmp_path / "list").write_text("eve\n")
+    with pytest.raises(UserError, match=r"no recording has one of its 1 ids, e.g. 'a_ann_0'"):
+        held_out(records(), 1.0, f"@{tmp_path}/list")
+    with pytest.raises(UserError, match="has a line break"):
+        list_ids(["a\nb"])

@@ -1,4 +1,4 @@
-"""Every pretraining experiment in its miniature, and batches that suit it; a new config is there by being there."""
+"""Every experiment in its miniature, and batches that suit it; a new config is there by being there."""
 
 import functools
 from pathlib import Path
@@ -23,11 +23,28 @@ EXPERIMENTS |= {
         ("spidr", "waveform", "size=base"),
     )
 }
+# Fine-tuning, and how many classes data would have said there are.
+HEADS: dict[str, tuple[str, list[str]]] = {
+    name: (f"{REPO}/configs/finetune/{name.partition('-')[0]}.py:{arg}", overrides)
+    for name, arg, overrides in (
+        ("classify", "size=tiny,smoke", []),
+        ("classify-tags", "tags,size=tiny,smoke", []),
+        ("ctc", "size=tiny,smoke", ["task.classes=9"]),
+        ("ctc-lora", "size=tiny,trains=lora,smoke", ["task.classes=9"]),
+        ("frames-turns", "units=turns,size=tiny,smoke", []),
+        ("regress", "size=tiny,smoke", []),
+        ("seq2seq", "size=tiny,smoke", []),
+        ("several", "size=tiny,smoke", []),
+        ("speaker", "size=tiny,smoke", []),
+        ("transducer", "size=tiny,smoke", ["task.classes=9"]),
+    )
+}
 
 
 @functools.cache
 def experiment(name: str) -> tuple[Any, Any]:
-    config = configs.load(EXPERIMENTS[name])
+    spec, overrides = HEADS[name] if name in HEADS else (EXPERIMENTS[name], [])
+    config = configs.load(spec, overrides)
     return config, configs.make_task(config)
 
 
@@ -53,8 +70,13 @@ def make_batch(
         units = np.repeat(units[:, ::8], 8, axis=1)[:, : samples // unit_hop]
         at = np.arange(samples // unit_hop)[None] * unit_hop
         batch["units"] = np.where(at < lengths[:, None], units, -1).astype(np.int32)
-    if "label" in task.needs:
-        batch["label"] = rng.integers(0, sizes["label"], rows).astype(np.int32)
+    for key in (key for key in task.needs if key.startswith("label")):
+        if key not in sizes:
+            batch[key] = rng.normal(size=rows).astype(np.float32)
+        elif getattr(task, "loss", "") == "sigmoid":
+            batch[key] = rng.integers(0, 2, (rows, sizes[key])).astype(np.float32)
+        else:
+            batch[key] = rng.integers(0, sizes[key], rows).astype(np.int32)
     if "tokens" in task.needs:
         batch["tokens"] = rng.integers(1, sizes["tokens"], (rows, 5)).astype(np.int32)
         batch["token_lengths"] = np.array([5, 3, 4, 1][:rows], np.int32)

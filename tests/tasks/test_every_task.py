@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from speechjax import sharding
 from speechjax.step import init_state, stream_keys, train_step
-from tests.tasks.experiments import EXPERIMENTS, experiment, make_batch
+from tests.tasks.experiments import EXPERIMENTS, HEADS, experiment, make_batch
 
 # These mask the spectrogram, cut masked frames out, or mask nothing: they have no use for the encoder's mask token.
 OWN_MASKS = ("apc", "autoencode", "best_rq", "data2vec-2", "distill", "mae")
@@ -75,7 +75,9 @@ def _losses(name: str, train: bool) -> Any:
     return jax.jit(run)
 
 
-each = pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+each = pytest.mark.parametrize(
+    "name", [*sorted(EXPERIMENTS), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(HEADS))]
+)
 
 
 @each

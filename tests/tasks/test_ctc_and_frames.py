@@ -1,4 +1,4 @@
-"""Supervised phones: transcripts and frames scored against loops, what is hidden and shown, and every alarm."""
+"""The tasks ctc and frames: transcripts and frames scored against loops, what is hidden and shown, and every alarm."""
 
 import functools
 import math
@@ -16,7 +16,8 @@ from speechjax.errors import UserError
 from speechjax.models.encoder import SpeechEncoder
 from speechjax.step import init_state, train_step
 from speechjax.tasks import _ctc
-from speechjax.tasks.phones import Phones
+from speechjax.tasks.ctc import CTC
+from speechjax.tasks.frames import Frames
 from tests.drawing import draw_params
 
 COUNTS = np.array([24, 17, 0])  # frames of LENGTHS
@@ -25,9 +26,12 @@ CLASSES = 6
 # ------------------------------------------------------------------------------------------- the task
 
 
-def make_task(mode: str = "ctc", encoder: dict[str, Any] = LARGE, **settings: Any) -> Phones:
-    options: dict[str, Any] = dict(mode=mode, classes=CLASSES, unit_hop=10, mask_prob=0.0, mask_span=3)
-    return Phones(encoder=SpeechEncoder(**encoder), **(options | settings))
+def make_task(mode: str = "ctc", encoder: dict[str, Any] = LARGE, **settings: Any) -> CTC | Frames:
+    head: dict[str, Any] = dict(layers="last", mask_prob=0.0, mask_span=3, channel_mask_prob=0.0, channel_mask_span=1)
+    options = head | dict(classes=CLASSES, head_dropout=0.0) | settings
+    if mode == "ctc":
+        return CTC(encoder=SpeechEncoder(**encoder), recurrent_layers=0, recurrent_width=0, **options)
+    return Frames(encoder=SpeechEncoder(**encoder), unit_hop=10, loss="softmax", **options)
 
 
 def make_batch(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
@@ -48,7 +52,7 @@ def make_batch(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
 PROGRAMS: dict[Any, Any] = {}  # with their task, so that no other takes its id
 
 
-def program(task: Phones, train: bool) -> Any:
+def program(task: CTC | Frames, train: bool) -> Any:
     def total(params, batch, seed):
         rngs = streams(task, seed)
         losses, metrics = task.apply({"params": params}, batch, step=jnp.int32(0), train=train, rngs=rngs)
@@ -59,7 +63,7 @@ def program(task: Phones, train: bool) -> Any:
     return PROGRAMS[id(task), train][0]
 
 
-def run(task: Phones, params: Any, batch: Any, train: bool = False, seed: int = 0) -> Any:
+def run(task: CTC | Frames, params: Any, batch: Any, train: bool = False, seed: int = 0) -> Any:
     """(losses, metrics, gradient of the sum), as numpy."""
     (_, (losses, metrics)), gradient = program(task, train)(params, batch, jnp.int32(seed))
     return jax.tree.map(np.asarray, (losses, metrics, gradient))
@@ -72,11 +76,9 @@ def heard(mode: str) -> Any:
     rngs = {"params": jax.random.key(0), **streams(task)}
     shapes = jax.eval_shape(lambda: task.init(rngs, make_batch(), step=jnp.int32(0), train=False))["params"]
     params = draw_params(shapes)
-    logits, lengths = jax.jit(
-        lambda p, b: task.apply({"params": p}, b, False, method="_logits")
-    )(params, make_batch())  # fmt: skip
-    assert np.asarray(lengths).tolist() == COUNTS.tolist()
-    return task, params, np.asarray(logits)
+    found = jax.jit(lambda p, b: task.apply({"params": p}, b, method="answer"))(params, make_batch())
+    assert np.asarray(found["lengths"]).tolist() == COUNTS.tolist()
+    return task, params, np.asarray(found["logits" if mode == "ctc" else "scores"])
 
 
 def test_transcripts_are_scored_a_token_and_only_where_there_are_some():
@@ -186,8 +188,8 @@ def test_mistakes_are_named():
     batch = make_batch(units=np.zeros((3, SAMPLES // 20), np.int32))
     with pytest.raises(UserError, match=r"config\.task\.unit_hop=10.*a unit about every 20 samples"):
         make_task("frames").init_with_output(jax.random.key(0), batch, step=jnp.int32(0), train=False)
-    with pytest.raises(UserError, match="choose from ctc, frames"):
-        make_task("words").init_with_output(jax.random.key(0), make_batch(), step=jnp.int32(0), train=False)
+    with pytest.raises(UserError, match=r"config\.task\.layers='first': choose last or weighted"):
+        make_task(layers="first").init_with_output(jax.random.key(0), make_batch(), step=jnp.int32(0), train=False)
     assert make_task("ctc").needs == ("tokens",)
     assert make_task("frames").sizes() == {"units": ("config.task.classes", CLASSES)}
 
@@ -195,7 +197,7 @@ def test_mistakes_are_named():
 # ------------------------------------------------------------------------------------------- alarms
 
 
-def deaf(mode: str, bias: Any) -> tuple[Phones, Any]:
+def deaf(mode: str, bias: Any) -> tuple[CTC | Frames, Any]:
     """A model whose output is constant: what a collapsed encoder leaves."""
     task, params, _ = heard(mode)
     head = dict(kernel=np.zeros_like(params["head"]["kernel"]), bias=np.asarray(bias, np.float32))
