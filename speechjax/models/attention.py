@@ -1,4 +1,4 @@
-"""One attention function for every model.  Shapes: B batch, T frames, H heads, E head width, D width."""
+"""One attention function for every model.  Shapes: B batch, T frames, S keys, H heads, E head width, D width."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from speechjax.errors import UserError
 from speechjax.models.layers import frame_mask, frame_positions
 from speechjax.models.positions import sinusoids
+from speechjax.models.recall import recall, streams
 from speechjax.models.relative import AttentionOptions, relative_shift, rotate
 
 
@@ -27,11 +28,12 @@ def attention(
     dropout: nn.Dropout | None = None,
     deterministic: bool = True,
 ) -> jax.Array:
-    """Scaled dot-product attention over the valid keys: [B, T, H, E] x 3, int32 [B] or [B, T] -> [B, T, H, E].
+    """Scaled dot-product attention over the valid keys: [B, T, H, E], [B, S, H, E] x 2 -> [B, T, H, E].
 
+    `lengths`, int32 [B] or [B, S], says which keys are valid; the queries are at the places of the last T of them.
     Keys of another segment of a packed row are not valid (`lengths`: see layers.py), nor those of a later chunk of
     `chunk` frames, or more than `left` chunks earlier (see `AttentionOptions`; chunks start with the utterance).
-    `bias` float32, broadcast to [B, H, T, T], is added to the scaled products.  A frame without any valid key attends
+    `bias` float32, broadcast to [B, H, T, S], is added to the scaled products.  A frame without any valid key attends
     evenly and stays finite.
 
     `prefix` are P keys and values [P, H, E] that every frame sees, whatever limits the others, and the queries
@@ -39,25 +41,26 @@ def attention(
     """
     # Softmax in float32 whatever the compute dtype.  Float16 would overflow before it, which WavLM's code prevents by
     # scaling the products down and up again; bfloat16 has the range of float32.
-    logits_BxHxTxT = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    T, S = q.shape[1], k.shape[1]
+    logits_BxHxTxS = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if bias is not None:
-        logits_BxHxTxT = logits_BxHxTxT + bias
-    valid = frame_mask(lengths, k.shape[1])[:, None, None, :]
+        logits_BxHxTxS = logits_BxHxTxS + bias
+    valid = frame_mask(lengths, S)[:, None, None, :]
     if lengths.ndim == 2:
-        valid = valid & (lengths[:, None, :, None] == lengths[:, None, None, :])
+        valid = valid & (lengths[:, None, S - T :, None] == lengths[:, None, None, :])
     if chunk:
-        number = frame_positions(lengths, k.shape[1]) // chunk
-        behind = number[:, None, :, None] - number[:, None, None, :]
+        number = frame_positions(lengths, S) // chunk
+        behind = number[:, None, S - T :, None] - number[:, None, None, :]
         valid = valid & (behind >= 0) & (True if left < 0 else behind <= left)
-    logits_BxHxTxT = jnp.where(valid, logits_BxHxTxT, jnp.finfo(jnp.float32).min)
+    logits_BxHxTxS = jnp.where(valid, logits_BxHxTxS, jnp.finfo(jnp.float32).min)
     if prefix is not None:
         always = jnp.einsum("bthe,phe->bhtp", prefix[0] * q.shape[-1] ** -0.5, prefix[1]).astype(jnp.float32)
-        logits_BxHxTxT = jnp.concatenate([logits_BxHxTxT, always], axis=-1)
-    weights = jax.nn.softmax(logits_BxHxTxT).astype(v.dtype)
+        logits_BxHxTxS = jnp.concatenate([logits_BxHxTxS, always], axis=-1)
+    weights = jax.nn.softmax(logits_BxHxTxS).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights, deterministic=deterministic)
-    y = jnp.einsum("bhts,bshe->bthe", weights[..., : v.shape[1]], v)
-    return y if prefix is None else y + jnp.einsum("bhtp,phe->bthe", weights[..., v.shape[1] :], prefix[2])
+    y = jnp.einsum("bhts,bshe->bthe", weights[..., :S], v)
+    return y if prefix is None else y + jnp.einsum("bhtp,phe->bthe", weights[..., S:], prefix[2])
 
 
 class SelfAttention(nn.Module):
@@ -65,6 +68,7 @@ class SelfAttention(nn.Module):
 
     `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them, or
     [B, H, T, T] where rows differ.  `prefix`, keys and values [P, H, E], is seen by all frames and has no position.
+    In a stream keys and values of the chunks to the left are recalled.
     """
 
     heads: int
@@ -94,10 +98,16 @@ class SelfAttention(nn.Module):
         q, k, v = (project(n)(x).reshape(B, T, self.heads, D // self.heads) for n in ("query", "key", "value"))
         bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         content = q
+        if streams(self):
+            # Without positions: a key's depends on the step that looks back at it.
+            k, _ = recall(self, "keys", k, options.past)
+            v, _ = recall(self, "values", v, options.past)
+            lengths, _ = recall(self, "ids", frame_mask(lengths, T).astype(jnp.int32), options.past)
+        S = k.shape[1]
         if options.positions == "rotary":
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q, S - T), rotate(k)
         if options.positions == "relative":
-            q, bias = self._by_distance(q)
+            q, bias = self._by_distance(q, S)
             content = q
         if options.gated:
             bias = bias * self._gate(x)
@@ -108,17 +118,17 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         return project("out")(y.reshape(B, T, D))
 
-    def _by_distance(self, q):
+    def _by_distance(self, q, S):
         """Queries for the content of keys, and the products of those for their distance: terms (a, c) and (b, d)."""
         _, T, H, E = q.shape
         zeros = nn.initializers.zeros
         content = self.param("content_bias", zeros, (H, E)).astype(q.dtype)[None, None]
         distance = self.param("distance_bias", zeros, (H, E)).astype(q.dtype)[None, None]
-        # From T - 1 frames after the key down to T - 1 before it.
-        encoded = sinusoids(jnp.arange(T - 1, -T, -1, dtype=jnp.int32), H * E).astype(self.dtype)
+        # From S - 1 frames after the key down to T - 1 before it.
+        encoded = sinusoids(jnp.arange(S - 1, -T, -1, dtype=jnp.int32), H * E).astype(self.dtype)
         init = nn.initializers.normal(0.02)
         keys = nn.Dense(H * E, use_bias=False, dtype=self.dtype, kernel_init=init, name="distance")(encoded)
-        scores = jnp.einsum("bthe,jhe->bhtj", (q + distance) * E**-0.5, keys.reshape(2 * T - 1, H, E))
+        scores = jnp.einsum("bthe,jhe->bhtj", (q + distance) * E**-0.5, keys.reshape(S + T - 1, H, E))
         return q + content, relative_shift(scores).astype(jnp.float32)
 
     def _gate(self, x):

@@ -15,6 +15,7 @@ from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
 from speechjax.models.block import Block
 from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, shard_batch, zero_padding
+from speechjax.models.recall import recall
 from speechjax.models.relative import AttentionOptions
 
 
@@ -121,8 +122,9 @@ class ConvModule(nn.Module):
         segments = lengths if lengths.ndim == 2 else None
         left = K - 1 if self.causal else K // 2
         # What stands in padding was zero before the layers, not after their biases and norms.
-        x = depthwise_conv(zero_padding(x, lengths), kernel.astype(self.dtype), left, segments)
-        x = x + bias.astype(self.dtype)[None, None]
+        x, past = recall(self, "past", zero_padding(x, lengths), left)
+        y: Any = depthwise_conv(x, kernel.astype(self.dtype), left, segments)
+        x = y[:, past:] + bias.astype(self.dtype)[None, None]
         if self.norm == "group":
             x = MaskedGroupNorm(self.groups, self.dtype, name="norm")(x, lengths)
         else:

@@ -13,6 +13,7 @@ from jax import lax
 
 from speechjax.errors import UserError
 from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_positions, gelu, zero_padding
+from speechjax.models.recall import kept, recall, streams
 
 FRAMES_PER_ROW = 4  # of `grouped_conv`; segments of packed rows start at multiples of it
 
@@ -83,10 +84,15 @@ class ConvPositions(nn.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array, causal: bool = False) -> jax.Array:
         if x.shape[-1] % self.groups:
             raise UserError(f"config.model.positions.groups={self.groups}: config.model.width is no multiple of it")
+        if streams(self) and not causal:
+            raise UserError(
+                "config.model.positions.name='conv' looks ahead, and a stream cannot: set config.model.attention.chunk"
+            )
         segments = lengths if lengths.ndim == 2 else None
 
-        def conv(x, kernel, bias):
-            y = grouped_conv(x, kernel.astype(self.dtype), self.groups, segments=segments, causal=causal)
+        def conv(x, kernel, bias, name="past"):
+            x, past = recall(self, name, x, self.kernel - 1)
+            y = grouped_conv(x, kernel.astype(self.dtype), self.groups, segments=segments, causal=causal)[:, past:]
             return y + bias.astype(self.dtype)[None, None]
 
         K, D = self.kernel, x.shape[-1]
@@ -101,7 +107,8 @@ class ConvPositions(nn.Module):
         for i in range(self.depth):
             # A padded frame becomes the bias, normalised, in the first convolution: the second would let it in.
             x = zero_padding(x, lengths)
-            y = conv(x, self.param(f"conv{i}_kernel", init, shape), self.param(f"conv{i}_bias", init, (D,)))
+            kernel, bias = self.param(f"conv{i}_kernel", init, shape), self.param(f"conv{i}_bias", init, (D,))
+            y = conv(x, kernel, bias, f"past{i}")
             x = gelu(LayerNorm(out_dtype=self.dtype, use_bias=False, use_scale=False, name=f"norm{i}")(y))
         return x
 
@@ -113,7 +120,11 @@ class SinusoidalPositions(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array, causal: bool = False) -> jax.Array:
-        encoded = sinusoids(frame_positions(lengths, x.shape[1]), x.shape[-1])
+        B, T, D = x.shape
+        number = frame_positions(lengths, T)
+        if (seen := kept(self, "seen", lambda: jnp.zeros(B, jnp.int32))) is not None:
+            number, seen.value = seen.value[:, None] + number, seen.value + T
+        encoded = sinusoids(number, D)
         return jnp.broadcast_to(encoded.astype(self.dtype), x.shape)
 
 

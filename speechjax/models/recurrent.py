@@ -1,7 +1,8 @@
 """Recurrent layers.  Shapes: B batch, T frames, D width, H hidden width of a direction, d directions (1 or 2).
 
 `lengths` is int32 [B], or [B, T] for packed rows: see layers.py.  The recurrences themselves (`gru`, `lstm`) take
-inputs that are already projected, all frames at once, and begin anew at frames that are `first`.
+inputs that are already projected, all frames at once, and begin anew at frames that are `first`.  In a stream `memory`
+is the variable that has the state before the first frame, and is left with that after the last (see recall.py).
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from jax import lax
 from speechjax.errors import UserError
 from speechjax.models.block import Block
 from speechjax.models.layers import fan_in_uniform, frame_positions, shard_batch, zero_padding
+from speechjax.models.recall import kept
 from speechjax.models.relative import AttentionOptions
 
 
@@ -24,6 +26,7 @@ def gru(
     bias: jax.Array,
     first: jax.Array,
     activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
+    memory: Any = None,
 ) -> jax.Array:
     """Gated recurrent unit from projected inputs: [B, T, 3 D], [D, 3 D], [D], bool [B, T] -> float32 [B, T, D].
 
@@ -46,12 +49,10 @@ def gru(
         h = (1 - z) * n + z * h
         return h, h
 
-    start = jnp.zeros((inputs.shape[0], D), jnp.float32)
-    _, states = lax.scan(step, start, (inputs.transpose(1, 0, 2), first.T))
-    return states.transpose(1, 0, 2)
+    return _unroll(step, jnp.zeros((inputs.shape[0], D), jnp.float32), inputs, first, memory)
 
 
-def lstm(inputs: jax.Array, kernel: jax.Array, first: jax.Array) -> jax.Array:
+def lstm(inputs: jax.Array, kernel: jax.Array, first: jax.Array, memory: Any = None) -> jax.Array:
     """Long short-term memory from projected inputs: [B, T, 4 H], [H, 4 H], bool [B, T] -> float32 [B, T, H].
 
     The four parts of the projections are those of input gate i, forget gate f, candidate g and output gate o:
@@ -72,7 +73,15 @@ def lstm(inputs: jax.Array, kernel: jax.Array, first: jax.Array) -> jax.Array:
         return (h, c), h
 
     start = jnp.zeros((inputs.shape[0], H), jnp.float32)
-    _, states = lax.scan(step, (start, start), (inputs.transpose(1, 0, 2), first.T))
+    return _unroll(step, (start, start), inputs, first, memory)
+
+
+def _unroll(step: Callable, start: Any, inputs: jax.Array, first: jax.Array, memory: Any) -> jax.Array:
+    """Outputs of all frames: [B, T, .], bool [B, T] -> [B, T, .]; `step(state, frame)` -> (state, output)."""
+    start = start if memory is None else memory.value
+    last, states = lax.scan(step, start, (inputs.transpose(1, 0, 2), first.T))
+    if memory is not None:
+        memory.value = last
     return states.transpose(1, 0, 2)
 
 
@@ -92,24 +101,34 @@ def last_frames(lengths: jax.Array, frames: int, chunk: int = 0) -> jax.Array:
 
 
 def both_ways(
-    recur: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    recur: Callable[..., jax.Array],
     inputs: jax.Array,
     kernel: jax.Array,
     lengths: jax.Array,
     chunk: int = 0,
+    memory: Any = None,
 ) -> jax.Array:
     """`recur(inputs, kernel, first)` forwards, and with d = 2 backwards too: [d, B, T, .], [d, H, .] -> [d, B, T, H].
 
     The backward direction begins at the last valid frame of an utterance, not in the padding behind it; with `chunk`
     anew at the last frame of every chunk, so that no frame sees a later chunk (latency-controlled, Zhang et al. 2016,
-    arXiv 1510.08983, here without frames beyond the chunk).  One loop runs both directions.
+    arXiv 1510.08983, here without frames beyond the chunk).  One loop runs both directions.  `memory` is that of the
+    forward direction.
     """
     T = inputs.shape[2]
-    first = first_frames(lengths, T)
+    first, last = first_frames(lengths, T), last_frames(lengths, T, chunk)
+    back = lambda x: jnp.flip(x, axis=1)  # noqa: E731
+    if memory is not None:
+        if len(kernel) == 2 and not chunk:
+            raise UserError(
+                "config.model.block.bidirectional=True begins at the end of the utterance, and a stream cannot: "
+                "set config.model.attention.chunk, or bidirectional=False"
+            )
+        ahead = recur(inputs[0], kernel[0], jnp.zeros_like(first), memory)
+        behind = [back(recur(back(x), k, back(last))) for x, k in zip(inputs[1:], kernel[1:], strict=True)]
+        return jnp.stack([ahead, *behind])
     if len(kernel) == 1:
         return recur(inputs[0], kernel[0], first)[None]
-    back = lambda x: jnp.flip(x, axis=1)  # noqa: E731
-    last = last_frames(lengths, T, chunk)
     states = jax.vmap(recur)(jnp.stack([inputs[0], back(inputs[1])]), kernel, jnp.stack([first, back(last)]))
     return jnp.stack([states[0], back(states[1])])
 
@@ -135,7 +154,8 @@ class LSTM(nn.Module):
         project = nn.Dense(d * 4 * H, dtype=self.dtype, kernel_init=init, bias_init=forget_only, name="input")
         kernel = self.param("kernel", init, (d, H, 4 * H))
         inputs = project(x).reshape(B, T, d, 4 * H).transpose(2, 0, 1, 3)
-        states = both_ways(lstm, inputs, kernel.astype(self.dtype), lengths, self.chunk)
+        memory = kept(self, "state", lambda: (jnp.zeros((B, H)), jnp.zeros((B, H))))
+        states = both_ways(lstm, inputs, kernel.astype(self.dtype), lengths, self.chunk, memory)
         y = states.transpose(1, 2, 0, 3).reshape(B, T, d * H).astype(self.dtype)
         return zero_padding(y, lengths)
 
@@ -179,7 +199,9 @@ class GRULayer(Block):
         project = nn.Dense(3 * D, dtype=self.dtype, kernel_init=init, bias_init=init, name="input")
         kernel = self.param("kernel", init, (D, 3 * D))
         candidate_bias = self.param("bias", init, (D,))
-        states = gru(project(x), kernel.astype(self.dtype), candidate_bias, first_frames(lengths, x.shape[1]))
+        memory = kept(self, "state", lambda: jnp.zeros((len(x), D)))
+        first = first_frames(lengths, x.shape[1]) & (memory is None)
+        states = gru(project(x), kernel.astype(self.dtype), candidate_bias, first, memory=memory)
         states = zero_padding(states.astype(self.dtype), lengths)
         y = zero_padding(x, lengths) + nn.Dropout(self.dropout, deterministic=not train)(states)
         return self.unless_dropped(y, x, train), states

@@ -1,6 +1,7 @@
 """Positions inside attention: what a query gives a key for their distance.
 
-Shapes: B batch, T frames, H heads, E head width, J = 2 T - 1 distances: key before query by T - 1 up to after by T - 1.
+Shapes: B batch, T frames (queries), S keys, H heads, E head width.  Queries are at the last T of the S keys, which are
+the T frames themselves outside streams.  J = S + T - 1 distances: key before query by S - 1 up to after by T - 1.
 
 Only differences of positions enter, so rows packed with several utterances need nothing special here.
 """
@@ -14,6 +15,7 @@ import numpy as np
 
 from speechjax.errors import UserError
 from speechjax.models.positions import angles
+from speechjax.models.recall import streams
 
 KINDS = ("none", "rotary", "alibi", "buckets", "relative")
 
@@ -59,26 +61,36 @@ class AttentionOptions:
         """Whether nothing else in the model may see the future either."""
         return self.chunk > 0
 
+    @property
+    def past(self) -> int:
+        """Frames before a chunk that are seen from it; UserError where they are not limited."""
+        if self.chunk and self.left >= 0:
+            return self.left * self.chunk
+        raise UserError(
+            f"config.model.attention: chunk={self.chunk} and left={self.left} see no bounded past, which a stream "
+            "needs: set both, in training too"
+        )
+
 
 def relative_shift(scores: jax.Array) -> jax.Array:
-    """Scores by distance become scores by key: [..., T, J] -> [..., T, T], out[t, s] = scores[t, T - 1 + s - t].
+    """Scores by distance become scores by key: [..., T, J] -> [..., T, S], out[t, s] = scores[t, T - 1 + s - t].
 
     A pad and two reshapes: row t moves left by T - 1 - t without a gather, whose gradient would be a scatter.
     """
     *rest, T, J = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (len(rest) + 1) + [(1, 0)])
-    return padded.reshape(*rest, J + 1, T)[..., 1:, :].reshape(*rest, T, J)[..., :T]
+    return padded.reshape(*rest, J + 1, T)[..., 1:, :].reshape(*rest, T, J)[..., : J - T + 1]
 
 
-def rotate(x: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, first: int = 0) -> jax.Array:
     """Rotary positions: [B, T, H, E] -> [B, T, H, E], each pair (e, e + E/2) turned by its angle.
 
-    Float32 inside: bfloat16 angles are off by a radian after 256 frames.
+    The first frame is at position `first`.  Float32 inside: bfloat16 angles are off by a radian after 256 frames.
     """
     T, E = x.shape[1], x.shape[-1]
     if E % 2:
         raise UserError(f"config.model.attention.positions='rotary' needs an even width of a head, not {E}")
-    angle = angles(jnp.arange(T, dtype=jnp.int32), E // 2)[None, :, None]
+    angle = angles(jnp.arange(first, first + T, dtype=jnp.int32), E // 2)[None, :, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
@@ -108,7 +120,7 @@ def distance_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> 
 
 
 class SharedBias(nn.Module):
-    """Attention bias that all layers share, by options: T -> float32 [H, T, T], or None where there is none.
+    """Attention bias that all layers share, by options: T -> float32 [H, T, S], or None where there is none.
 
     It lives beside the layers, not in the first: so it can be handed to layers whose parameters are stacked.
     """
@@ -118,16 +130,17 @@ class SharedBias(nn.Module):
 
     @nn.compact
     def __call__(self, frames: int) -> jax.Array | None:
-        distances = np.arange(1 - frames, frames)
+        if self.options.positions not in ("alibi", "buckets"):
+            return None
+        past = self.options.past if streams(self) else 0
+        distances = np.arange(1 - frames - past, frames)
         if self.options.positions == "alibi":
             scale = self.param("scale", nn.initializers.ones, (self.heads,))
             slopes = jnp.maximum(scale, 0) * jnp.asarray(alibi_slopes(self.heads), jnp.float32)
             by_distance = -slopes[:, None] * jnp.asarray(np.abs(distances)[None], jnp.float32)
-        elif self.options.positions == "buckets":
+        else:
             shape = (self.options.buckets, self.heads)
             table = self.param("table", nn.initializers.normal(0.02), shape)
             by_distance = table[distance_buckets(distances, self.options.buckets, self.options.max_distance)].T
-        else:
-            return None
         rows = jnp.broadcast_to(by_distance[:, None], (self.heads, frames, len(distances)))
         return relative_shift(rows)

@@ -7,7 +7,8 @@ They are called like `WaveformExtractor`.  Tasks that mask or quantize the spect
 
 The recording's mean and standard deviation, given to every front end, are not used: cepstral normalisation of each
 row's valid frames (`normalize="utterance"`) makes them immaterial.  Whatever the compute dtype, spectra and their
-logarithms are float32: in bfloat16 the quiet bands of a frame drown.
+logarithms are float32: in bfloat16 the quiet bands of a frame drown.  Of the normalisations
+only "online" and "none" see no later frame, so that `MelFrontend` can be streamed (see streaming.py).
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from jax import lax
 from speechjax.audio.features import CONVENTIONS, cmvn, deltas, log_mel, mfcc
 from speechjax.errors import UserError
 from speechjax.models.layers import fan_in_uniform, zero_padding
+from speechjax.models.recall import kept, recall
 
 HOP, WINDOW = 160, 400  # samples: 25 ms every 10 ms
+ONLINE_FRAMES = 600  # of `OnlineNorm`: 6 s, the sliding window of Kaldi's online cepstral normalisation
 
 
 def stack_frames(x: jax.Array, lengths: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
@@ -56,8 +59,10 @@ class ConvSubsampling(nn.Module):
             init = fan_in_uniform(fan_in)
             kernel = self.param(f"conv{i}_kernel", init, (3, 3, y.shape[-1], self.channels))
             bias = self.param(f"conv{i}_bias", init, (self.channels,))
+            y, past = recall(self, f"past{i}", y, 1)
+            pad = ((1 - past, 0), (1, 1))
             y = lax.conv_general_dilated(
-                y, kernel.astype(self.dtype), (2, 2), ((1, 0), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+                y, kernel.astype(self.dtype), (2, 2), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
             y = nn.relu(y + bias.astype(self.dtype)[None, None, None])
         lengths = lengths // self.factor
@@ -65,6 +70,42 @@ class ConvSubsampling(nn.Module):
         init = fan_in_uniform(y.shape[-1])
         y = nn.Dense(self.out, dtype=self.dtype, kernel_init=init, bias_init=init, name="linear")(y)
         return zero_padding(y, lengths), lengths
+
+
+class OnlineNorm(nn.Module):
+    """Every feature less its mean, over its deviation, of the frames up to this one: float32 [B, N, F] -> [B, N, F].
+
+    Frame n, from 1, enters mean and variance with weight 1 / min(n, ONLINE_FRAMES): all frames count alike at first,
+    and are forgotten exponentially from then on (updates of Welford 1962 and West 1979), so a stream may go on
+    forever.  The price is the beginning: the first frame is 0 whatever it is, and those after it are measured by the
+    few there were, where Kaldi lends statistics of other recordings.  A feature that has not varied by more than its
+    rounding error is 0.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, N, F = x.shape
+        none = lambda: (jnp.zeros(B, jnp.int32), *jnp.zeros((3, B, F)))  # noqa: E731
+        memory = kept(self, "statistics", none)
+        seen, first, mean, variance = none() if memory is None else memory.value
+        # Statistics of the difference to the first frame (zero of no frames): logarithms of 20 vary by a tenth.
+        first = jnp.where(seen[:, None] == 0, x[:, :1].sum(axis=1), first)
+        size, x = jnp.abs(x), x - first[:, None]
+        count = jnp.minimum(seen[:, None] + jnp.arange(1, N + 1, dtype=jnp.int32)[None], ONLINE_FRAMES)
+        rate = 1 / count.astype(jnp.float32)[..., None]
+        means = _leaky_sum(1 - rate, rate * x, mean)
+        shift = x - jnp.concatenate([mean[:, None], means], axis=1)[:, :N]
+        variances = _leaky_sum(1 - rate, (1 - rate) * rate * jnp.square(shift), variance)
+        if memory is not None:
+            memory.value = count[:, -1], first, means[:, -1], variances[:, -1]
+        varies = variances > jnp.square(16 * float(jnp.finfo(jnp.float32).eps) * size)
+        return jnp.where(varies, (x - means) * lax.rsqrt(jnp.where(varies, variances, 1)), 0)
+
+
+def _leaky_sum(keep: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
+    """y[n] = keep[n] y[n - 1] + x[n], y[-1] = start: [B, N, 1], [B, N, F], [B, F] -> [B, N, F]."""
+    kept_since, y = lax.associative_scan(lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (keep, x), axis=1)
+    return y + kept_since * start[:, None]
 
 
 def sinusoids_2d(columns: int, rows: int, channels: int) -> np.ndarray:
@@ -87,13 +128,18 @@ class SpectralFrontend(nn.Module):
     """What the spectral front ends share.
 
     `normalize="utterance"` gives every feature mean 0 and variance 1 over the valid frames of a row (constant
-    features become 0); "none" leaves the logarithms as they are.
+    features become 0), "online" about that over the frames so far (`OnlineNorm`); "none" leaves the logarithms as they
+    are.
 
     Raises UserError for unknown values, and for packed rows, which `packs()` says are not supported.
     """
 
     normalize: str = "utterance"
     dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.normalize == "online":
+            self.online_norm = OnlineNorm()
 
     def packs(self) -> bool:
         """Whether rows may hold several utterances: not yet."""
@@ -127,9 +173,13 @@ class SpectralFrontend(nn.Module):
 
     def normalized(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frames as `normalize` says, zero in the padding: [B, N, F], [B] -> float32 [B, N, F], [B]."""
-        if self.normalize not in ("utterance", "none"):
-            raise UserError(f"config.model.frontend.normalize={self.normalize!r}: expected 'utterance' or 'none'")
+        if self.normalize not in ("online", "utterance", "none"):
+            raise UserError(
+                f"config.model.frontend.normalize={self.normalize!r}: expected 'online', 'utterance' or 'none'"
+            )
         x = zero_padding(x.astype(jnp.float32), lengths)
+        if self.normalize == "online":
+            return zero_padding(self.online_norm(x), lengths), lengths
         return cmvn(x, lengths) if self.normalize == "utterance" else (x, lengths)
 
 
@@ -206,6 +256,7 @@ class MelFrontend(BandFrontend):
         return HOP * self.factor, self._edge()
 
     def setup(self):
+        super().setup()
         if self.factor not in (1, 2, 4, 8):
             raise UserError(f"config.model.frontend.factor={self.factor}: expected 1, 2, 4 or 8")
         if self.subsample not in ("stack", "conv"):
@@ -295,6 +346,7 @@ class PatchFrontend(BandFrontend):
         return HOP * self.patch[0], self._edge()
 
     def setup(self):
+        super().setup()
         if self.embedding % 4:
             raise UserError(f"config.model.frontend.embedding={self.embedding}: 2-D positions need a multiple of 4")
         self.projection = nn.Dense(self.embedding, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())

@@ -5,7 +5,8 @@ Shapes: B batch, T frames, D width, H heads.  `lengths` is int32 [B], or [B, T] 
 A block is built with the arguments that all share (those of `TransformerLayer`) and its own options, and called as
 `layer(x, lengths, train, bias)` -> (y, output of its feed-forward branch before the residual sum), both [B, T, D].
 `bias` is the attention bias that all layers share, float32 [H, T, T] or None; it and `attention` go to
-`SelfAttention`.  Where `attention` limits the context, a block may use no later frame in any other way either.
+`SelfAttention`.  Where `attention` limits the context, a block may use no later frame in any other way either.  What a
+block has of earlier frames it recalls in a stream (see recall.py).
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from speechjax.models.conformer import ConformerLayer
 from speechjax.models.deep_speech import DeepSpeechLayer, DeepSpeechTop
 from speechjax.models.layers import LayerNorm, gelu, shard_batch, zero_padding
 from speechjax.models.positions import POSITIONS
+from speechjax.models.recall import STREAM
 from speechjax.models.recurrent import BLSTMLayer, GRULayer
 from speechjax.models.relative import AttentionOptions, SharedBias
 
@@ -141,7 +143,7 @@ class Transformer(nn.Module):
         if self.scan:
             stack = nn.scan(
                 body,
-                variable_axes={"params": 0, "batch_stats": 0, "sums": 0},
+                variable_axes={"params": 0, "batch_stats": 0, "sums": 0, STREAM: 1},
                 split_rngs={"params": True, "dropout": True, "layerdrop": True},
                 length=self.layers,
             )

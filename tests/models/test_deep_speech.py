@@ -322,9 +322,6 @@ class Norms(Task):
         n = jnp.sum(encoded.lengths).astype(jnp.float32)
         return {"loss": (jnp.sum(jnp.square(encoded.frames - 1)), n)}, {}
 
-    def after_step(self, params: Any, extra: Any, sums: Any, step: jax.Array) -> Any:
-        return follow_batches(extra, sums)
-
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_an_update_trains_every_parameter_and_moves_every_statistic(scan):
