@@ -7,36 +7,68 @@ from typing import Any
 import numpy as np
 
 from speechjax.data.records import Records
+from speechjax.data.split import recording_id
 from speechjax.errors import UserError
-from speechjax.scoring import groups
+from speechjax.scoring import groups, report
 from speechjax.train import Job
+
+_ENOUGH = 20  # utterances of a group, where two groups or more have so many
 
 
 def labels(records: Records, examples: Sequence[int], spec: str) -> list[str]:
-    """The label of every example by `meta:FIELD` or `id:REGEX` (its first group); "" for none.
+    """The label of every example by `meta:FIELD` or `id:REGEX` (its group `label`, or the first); "" for none.
 
-    Raises UserError for another spec, and where no example has a label.
+    Segments have the label of their recording.  Raises UserError for another spec, and where no example has a label.
     """
     kind, _, rest = spec.partition(":")
     if kind == "meta" and rest:
-        found = [str(records.meta(i).get(rest) or "") for i in examples]
+        values = [records.meta(i).get(rest) for i in examples]
+        found = ["" if value is None else str(value) for value in values]
     elif kind == "id" and rest:
-        matches = [re.search(rest, records.id(i)) for i in examples]
-        found = [(m[1] if m.re.groups else m[0]) if m else "" for m in matches]
+        found = _searched(rest, [name(records, i) for i in examples])
     else:
         raise UserError(f"group={spec!r}: write meta:FIELD or id:REGEX")
     if not any(found):
-        raise UserError(f"group={spec!r} fits no held-out recording, e.g. {records.id(examples[0])!r}")
+        example = f", e.g. {records.id(examples[0])!r}" if len(examples) else ""
+        raise UserError(f"group={spec!r} fits no held-out recording{example}")
     return found
 
 
+def name(records: Records, i: int) -> str:
+    """Id of the recording of example i as its own source has it, without the number of a part of a mixture."""
+    found = recording_id(records, i)
+    return found if len(records.parts) == 1 else found.partition(":")[2]
+
+
+def _searched(pattern: str, names: Sequence[str]) -> list[str]:
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"group='id:{pattern}' is not a regular expression: {error}") from None
+    group = "label" if "label" in regex.groupindex else 1 if regex.groups else 0
+    return [(match[group] or "") if (match := regex.search(own)) else "" for own in names]
+
+
+def blocks(records: Records, examples: np.ndarray) -> np.ndarray:
+    """A number for the recording of every example, for `bootstrap`: segments of one are not independent."""
+    rows = np.stack([records.part[examples], records.row[examples]], axis=1)
+    return np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+
+
 def show(
-    job: Job, step: int, metric: str, numerators: np.ndarray, denominators: np.ndarray, names: Sequence[str]
-) -> dict[str, float]:
-    """A table of the ratio by group; {metric_worst, metric_gap}."""
-    found = groups.ratio_by_group(numerators, denominators, names, min_size=1)
-    rows: list[list[Any]] = [
-        [group.name, group.n, *(f"{100 * x:.1f}" for x in group.score)] for group in (found.all, *found.groups)
-    ]
-    job.logs.table(f"{metric} by group at step {step}, %", ["group", "utterances", "value", "low", "high"], rows)
+    job: Job, step: int, metric: str, numerators: np.ndarray, denominators: np.ndarray, names: Sequence[str], *,
+    higher_is_better: bool = False, scale: float = 100.0,
+) -> dict[str, float]:  # fmt: skip
+    """A table of the ratio by group; {metric_worst, metric_gap}.
+
+    Compared are groups of at least 20 utterances, or all, where fewer than two have as many.
+    """
+    sizes = np.unique([own for own in names if own], return_counts=True)[1]
+    found = groups.ratio_by_group(
+        numerators, denominators, names, min_size=_ENOUGH if np.sum(sizes >= _ENOUGH) > 1 else 1,
+        higher_is_better=higher_is_better,
+    )  # fmt: skip
+    unit = ", %" if scale == 100 else ""
+    table: Any = report.groups(f"{metric}{unit} by group at step {step}", found, scale=scale)
+    job.logs.table(**table)
     return {f"{metric}_worst": found.worst.score.value, f"{metric}_gap": found.gap}

@@ -12,7 +12,7 @@ import pytest
 from speechjax import presets
 from speechjax.data.plan import plan_shapes
 from speechjax.errors import UserError
-from speechjax.models.batch_norm import DECAY, EPSILON, follow_batches
+from speechjax.models.batch_norm import DECAY, EPSILON
 from speechjax.models.deep_speech import (
     DeepSpeechFrontend,
     DeepSpeechLayer,
