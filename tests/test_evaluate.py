@@ -140,7 +140,7 @@ def test_the_best_step_is_the_one_judged_best(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evals=abcd"], "no evals named 'abcd'; there are: abx, loss"),
+        (["--evals=abcd"], "no evals named 'abcd'; there are: abx, classification"),
         (["--evals=abx"], "abx needs recordings: --evals.abx.source=embedded:0.1"),
         (["--evals=probe"], "probe needs recordings: --evals.probe.source=folder:/data/fsdd"),
         (["--evals="], "no evaluator: name some"),

@@ -120,20 +120,17 @@ class Transformer(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x, states = self._stack(x, lengths, bias, train, hidden)
         if self.block["name"] in TOPS:
-            x = TOPS[self.block["name"]](**self._block_options(), name="top")(x, lengths, train)
+            x = TOPS[self.block["name"]](**_block_options(self), name="top")(x, lengths, train)
         if self.norm == "pre":
             x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
         return zero_padding(x, lengths), [zero_padding(s, lengths) for s in states]
-
-    def _block_options(self) -> dict[str, Any]:
-        return {k: v for k, v in self.block.items() if k != "name"} | {k: getattr(self, k) for k in SHARED}
 
     def _stack(self, x, lengths, bias, train, hidden):
         layer_class: Any = BLOCKS[self.block["name"]]
         if self.remat:
             # Scan already keeps XLA from merging the recomputation with the original.
             layer_class = nn.remat(layer_class, static_argnums=(3,), prevent_cse=not self.scan)
-        options = self._block_options()
+        options = _block_options(self)
         states = [x] if hidden is True else []
 
         def body(layer, x, _):
@@ -155,3 +152,8 @@ class Transformer(nn.Module):
                 x, state = body(layer_class(**options, name=f"layer{i}"), x, None)
                 kept.append(state)
         return x, [*states, *kept] if hidden else []
+
+
+def _block_options(stack: Transformer) -> dict[str, Any]:
+    """Not a method: what methods of modules return may be captured as intermediates, and names are no arrays."""
+    return {k: v for k, v in stack.block.items() if k != "name"} | {k: getattr(stack, k) for k in SHARED}
