@@ -45,15 +45,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises UserError for a missing file, an unknown key (the message lists those allowed) or a value of the wrong
     type.
     """
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path!r}; those of the project are in configs/")
-    module_spec = importlib.util.spec_from_file_location("speechjax_config", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config = module.get_config(arg)
+    config = open_module(spec).get_config(spec.partition(":")[2])
     for text in overrides:
         if text.startswith("init_from="):  # first, because it says what the model is
             override(config, text)
@@ -65,7 +57,20 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def complete_model(config: ConfigDict) -> None:
+def open_module(spec: str) -> Any:
+    """The module of `FILE.py[:arg,...]`; UserError where there is none."""
+    path = spec.partition(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}; those of the project are in configs/")
+    module_spec = importlib.util.spec_from_file_location("speechjax_config", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def complete_model(config: Any) -> None:
     """A model block without an encoder gets that of the run `init_from`, or wav2vec 2.0 Base's.
 
     So fine-tuning says how to train, and the checkpoint what; new adapters come on top of those it has.  Raises
@@ -171,7 +176,7 @@ def _registered(room: str, name: str) -> type:
     raise UserError(f"speechjax/{room}/{name}.py defines no class of that name")
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Any) -> None:
     """UserError unless every block fits its callable."""
     from speechjax import optim, sharding, train
     from speechjax.data import pipeline
@@ -221,7 +226,7 @@ def _without_name(block: Any) -> dict[str, Any]:
     return {k: v for k, v in block.items() if k != "name"}
 
 
-def make_task(config: ConfigDict) -> Any:
+def make_task(config: Any) -> Any:
     """The task module of a config, its encoder inside."""
     from speechjax.models.encoder import SpeechEncoder
 

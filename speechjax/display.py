@@ -67,7 +67,11 @@ DISPLAY = {
 }
 # Formats of names that are not above, by how they end.
 _ENDINGS = {
-    "_accuracy": ".1%", "_share": ".0%", "error_rate": ".1%", "_purity": ".1%", "perplexity": ".1f", "_shot": ".1f",
+    "_accuracy": ".1%", "_share": ".0%", "error_rate": ".1%", "word_error": ".1%", "char_error": ".1%",
+    "phone_error": ".1%", "eer": ".2%", "der": ".1%", "ece": ".1%", "ece_scaled": ".1%", "uar": ".1%", "map": ".1%",
+    "macro_f1": ".1%", "f1_macro": ".1%", "f1_micro": ".1%", "speech_f1": ".1%", "detection_error": ".1%",
+    "miss_rate": ".1%", "false_alarm_rate": ".1%", "_error_worst": ".1%", "_error_gap": ".1%",
+    "_purity": ".1%", "perplexity": ".1f", "_shot": ".1f",
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@
         --evals.probe.source=folder:/data/fsdd
 
 Without --evals all evaluators of the run's config take part, and those that an --evals.NAME.key=value names: loss,
-picture, probe, abx, units, recognition.  The run is only read, so it may be going on; results go to
+picture, probe, abx, units; of fine-tuned tasks recognition, translation, classification, verification, frame_labels,
+values, detection, robustness.  The run is only read, so it may be going on; results go to
 WORKDIR/report/evaluate.json, pictures and tables into a folder beside it.  --config.data.key=value says where the data
 is on this machine.
 """
@@ -27,7 +28,18 @@ from speechjax.verb import keep_compiled, leave, split_overrides
 
 log = logging.getLogger("speechjax")
 
-_NEED_DATA = ("loss", "picture", "recognition")  # of the evaluators: the run's own data; the others have a source
+_NEED_DATA = (
+    "loss",
+    "picture",
+    "recognition",
+    "classification",
+    "detection",
+    "frame_labels",
+    "robustness",
+    "translation",
+    "values",
+    "verification",
+)  # fmt: skip; of the evaluators: the run's own data, the others have a source
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -9,7 +9,8 @@
 
 All combinations of the values of --set are trained, or N of them drawn at random: of LOW..HIGH evenly in the logarithm,
 of two whole numbers whole ones.  Every setting is trained with every seed (--set train.seed=...) and on every fold, of
-which it hears all but the recordings held out.  arg.KEY sets what follows the colon of the config file.
+which it hears all but the recordings held out.  arg.KEY sets what follows the colon of the config file.  Without --set
+and --folds it is what the config's file says, as configs/superb/ do of learning rates.
 
 Every trial is a run of speechjax.main in DIR/<name>, its output in DIR/<name>.log.  Given again the command goes on:
 what is done is read, what was interrupted resumes, what failed is tried again; more values are more trials.
@@ -66,6 +67,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     add("--jobs", type=int, default=1, metavar="N", help="trials at a time (default: %(default)s); for several on one "
         "GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
     args, overrides = split_overrides(parser, argv)
+    if not args.set and not args.folds:
+        args.set = published_axes(args.config)
     try:
         args.axes = [parse_axis(text) for text in args.set]
     except ValueError as error:
@@ -89,6 +92,13 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         if "data.valid" in given or "data.source" in keys:
             parser.error("--folds says what is held out of one source: without data.valid, and one data.source")
     return args, overrides
+
+
+def published_axes(spec: str) -> list[str]:
+    """What a config says should be swept, `SWEEP` of its file, {key: values}."""
+    from speechjax.config import open_module
+
+    return [f"{key}={','.join(values)}" for key, values in getattr(open_module(spec), "SWEEP", {}).items()]
 
 
 def run(argv: Sequence[str] | None) -> int:

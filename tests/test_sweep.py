@@ -313,3 +313,13 @@ def test_real_trainings_over_two_folds(tmp_path, speakers, monkeypatch):
     before = (tmp_path / "sweep/sweep.json").read_bytes()
     assert run(tmp_path, *flags) == 0
     assert (tmp_path / "sweep/sweep.json").read_bytes() == before
+
+
+def test_a_config_may_say_what_to_sweep(tmp_path):
+    """SUPERB's rates, when nothing else is said."""
+    args, _ = sweep.parse_args([f"--config={REPO}/configs/superb/ks.py:smoke", f"--out={tmp_path}/sweep"])
+    assert [axis.key for axis in args.axes] == [RATE]
+    assert args.axes[0].values == ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6", "1e-7")
+    given = [f"--config={REPO}/configs/superb/ks.py", f"--out={tmp_path}", f"--set={RATE}=1e-2,1e-3"]
+    args, _ = sweep.parse_args(given)
+    assert args.axes[0].values == ("1e-2", "1e-3")

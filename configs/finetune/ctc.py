@@ -21,6 +21,8 @@ trains= all, head, top4, gradual, discriminative, bitfit, lora, houlsby, paralle
 Arguments after the colon: labels, size, trains, and smoke (two steps of a miniature, for tests).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from speechjax import finetuning, presets
@@ -40,7 +42,7 @@ RECIPES = {
 def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, labels=tuple(RECIPES), size=("", "base", "large", "tiny"), trains="all", smoke=False)
     args["size"] = args["size"] or "tiny" * args["smoke"]
-    config = ConfigDict(base(args["labels"], args["size"]))
+    config: Any = ConfigDict(base(args["labels"], args["size"]))
     if args["size"] == "tiny":
         config.update(tiny())
     config.update(finetuning.trains(args["trains"], args["size"]))
