@@ -82,7 +82,8 @@ def complete_model(config: Any) -> None:
         return
     if config.init_from:
         checkpoint = runs.find_checkpoint(config.init_from)
-        there = runs.read_config(checkpoint.parent.parent).model.to_dict()
+        run: Any = runs.read_config(checkpoint.parent.parent)
+        there = run.model.to_dict()
     else:
         there = presets.waveform("base")
     mine = config.model.to_dict()

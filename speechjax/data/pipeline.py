@@ -278,11 +278,11 @@ def open_data(
     chosen by a hash of the id, so that adding files moves few; or `valid` is a regex on the ids of what is held out
     (".": everything, to evaluate only) or @FILE with an id a line.  `train_seconds` of the rest are trained on, 0 for
     all.  `text` names a tokenizer (speechjax.data.text; empty: no transcripts), `text_steps` its normalisation, and
-    `text_field` where in the metadata texts are.  `units` and `label` add targets (speechjax.data.labels): "labels:DIR",
-    "phones", "speech" or "turns:SPEAKERS" for every frame, "meta:FIELD", "id:REGEX", "tags:FIELD" or "number:FIELD",
-    perhaps several, for an utterance.  Vocabularies in `workdir` are used as they are.  `frame_len` is (samples a frame,
-    samples the first frame takes more).  Raises UserError for anything wrong with the source, and where rows do not
-    divide over `row_divisor` devices.
+    `text_field` where in the metadata texts are.  `units` and `label` add targets (speechjax.data.labels): "phones",
+    "labels:DIR", "speech" or "turns:SPEAKERS" for every frame, "meta:FIELD", "id:REGEX", "tags:FIELD", "number:FIELD",
+    perhaps several, for an utterance.  Vocabularies in `workdir` are used as they are.  `frame_len` is (samples a
+    frame, samples the first frame takes more).  Raises UserError for anything wrong with the source, and where rows do
+    not divide over `row_divisor` devices.
     """
     if row_multiple < 1 or row_multiple % row_divisor:
         raise UserError(f"config.data.row_multiple={row_multiple} must be a multiple of the {row_divisor} devices")
