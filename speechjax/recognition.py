@@ -127,16 +127,20 @@ def _neural(tokenizer: Tokenizer, workdir: str) -> NeuralScorer:
 _LONGEST = 512  # tokens that a language model may have read
 
 
+def ctc_beam(decoding: Decoding, tokens: int, classes: int, steering: Steering) -> ctc.PrefixBeam:
+    """The beam search of CTC for transcripts of at most `tokens` tokens of a vocabulary of `classes`."""
+    return ctc.PrefixBeam(
+        beams=decoding.beams, tokens=tokens, best=decoding.best, scorers=steering,
+        symbols=min(decoding.symbols, classes - ctc.BLANKS),
+    )  # fmt: skip
+
+
 def _ctc(task: Any, params: Any, found: dict[str, jax.Array], decoding: Decoding, steering: Steering) -> Hypotheses:
     logits, lengths = found["logits"], found["lengths"]
     if decoding.search == "greedy":
         return ctc.greedy(logits, lengths)
     # Longer transcripts than a token every other frame are not searched: room for them would cost as much as all else.
-    search = ctc.PrefixBeam(
-        beams=decoding.beams, tokens=(logits.shape[1] + 1) // 2, best=decoding.best, scorers=steering,
-        symbols=min(decoding.symbols, logits.shape[2] - ctc.BLANKS),
-    )  # fmt: skip
-    return search(logits, lengths)
+    return ctc_beam(decoding, (logits.shape[1] + 1) // 2, logits.shape[2], steering)(logits, lengths)
 
 
 def _attention(

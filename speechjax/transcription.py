@@ -26,7 +26,7 @@ from speechjax.data.text import Tokenizer
 from speechjax.decode import ctc
 from speechjax.decode.types import Hypotheses
 from speechjax.errors import UserError
-from speechjax.recognition import Decoding, Recognizer, scorers
+from speechjax.recognition import Decoding, Recognizer, ctc_beam, scorers
 from speechjax.subtitles import Spelling, Token, Transcript
 
 Item = TypeVar("Item")
@@ -123,11 +123,8 @@ class Transcriber:
         """CTC's greedy or beam search with room for U tokens; `steering` are the scorers, inside jit."""
         if self.decoding.search == "greedy":
             return ctc.Greedy(tokens=tokens)
-        return ctc.PrefixBeam(
-            beams=self.decoding.beams, tokens=tokens, best=self.decoding.best,
-            symbols=min(self.decoding.symbols, self.tokenizer.size - ctc.BLANKS),
-            scorers=tuple(zip(steering, self._weights, strict=True)),
-        )  # fmt: skip
+        weighted = tuple(zip(steering, self._weights, strict=True))
+        return ctc_beam(self.decoding, tokens, self.tokenizer.size, weighted)
 
     def _best(self, steering: tuple[Any, ...], logits: jax.Array, lengths: jax.Array) -> Hypotheses:
         B, T, _ = logits.shape

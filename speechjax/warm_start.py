@@ -13,6 +13,7 @@ import numpy as np
 
 from speechjax.errors import UserError
 from speechjax.ewc import recall
+from speechjax.models.adapters import ADAPTER_LEAF
 from speechjax.paths import path_name
 from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State
@@ -52,6 +53,11 @@ def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:
         raise UserError(f"config.init_from={source!r} has another encoder ({shown}); use its model block")
     if lost := sorted(_layers(ours) - _layers(theirs)):
         raise UserError(f"config.init_from={source!r} has no {lost[0]}: use its config.model.layers")
+    if dropped := [k for k in theirs if k.startswith("encoder/") and re.search(ADAPTER_LEAF, k) and k not in ours]:
+        raise UserError(
+            f"config.init_from={source!r} has adapters that this model lacks, e.g. {dropped[0]}: leave the size out of "
+            "--config, or merge them first (python -m speechjax.adapter merge)"
+        )
     new = [k for k in ours if not _fits(ours[k], theirs.get(k))]
     log.info(
         "%d of %d parameter arrays come from %s; new: %s",

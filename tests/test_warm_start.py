@@ -154,3 +154,16 @@ def test_stacked_layers_and_layers_one_by_one_are_the_same(tmp_path, stacked_the
     params, _ = warm_start(mine, {}, str(tmp_path))
     wanted = {"encoder": {"transformer": ours, "front": there["encoder"]["front"]}}
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+def test_adapters_are_not_left_behind(tmp_path):
+    """Without them the encoder is not the one that was fine-tuned."""
+    layer = {"kernel": np.ones((2, 2), np.float32)}
+    adapted = {"encoder": {"transformer": {"layer0": {"query": layer | {"lora_task_a": np.ones((2, 1), np.float32)}}}}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(1, make_state(1).replace(params=adapted), {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"has adapters that this model lacks, e.g. \S+/lora_task_a: .*adapter merge"):
+        warm_start({"encoder": {"transformer": {"layer0": {"query": layer}}}}, {}, str(tmp_path))
+    params, _ = warm_start(jax.tree.map(np.zeros_like, adapted), {}, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, params, adapted)

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from speechjax.models.layers import frame_mask
+from speechjax.tasks._base import Sums
 
 BLANK = 0  # <pad> of every vocabulary (speechjax.data.text)
 
@@ -48,6 +49,31 @@ def constant_loss(
     share = (spoken.at[BLANK].add(blanks)) / jnp.maximum(jnp.sum(spoken) + blanks, 1)
     constant = jnp.log(jnp.maximum(share, jnp.finfo(jnp.float32).tiny))
     return ctc_loss(jnp.broadcast_to(constant, (len(lengths), frames, symbols)), lengths, tokens, token_lengths)
+
+
+def score(
+    logits: jax.Array, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array, weight: float = 1.0
+) -> tuple[Sums, Sums]:
+    """The loss of a CTC head in nats a token, times `weight`, and what it is worth: ({loss}, {metric: (sum, weight)}).
+
+    Chance is who says the same of every frame.  Rows without a transcript carry nothing, nor do those that do not fit,
+    `too_long_share`.  `error_rate` is that of the best path: (substitutions + insertions + deletions) / tokens.
+    """
+    text = tokens, token_lengths
+    there, fitting = token_lengths > 0, fits(lengths, *text)
+    frames = frame_mask(lengths, logits.shape[1]) & there[:, None]
+    blank = frames & (jnp.argmax(logits, axis=2) == BLANK)
+    total = lambda x: jnp.sum(x).astype(jnp.float32)  # noqa: E731
+    n = total(jnp.where(fitting, token_lengths, 0))
+    weighted = lambda loss: (weight * jnp.sum(loss), n)  # noqa: E731
+    errors = greedy_errors(lax.stop_gradient(logits), lengths, *text)
+    metrics = {
+        "chance_ctc": weighted(constant_loss(logits.shape[2], logits.shape[1], lengths, *text)),
+        "error_rate": (total(jnp.where(there, errors, 0)), total(token_lengths)),
+        "blank_share": (total(blank), total(frames)),
+        "too_long_share": (total(there & ~fitting), total(there)),
+    }
+    return {"ctc": weighted(ctc_loss(logits, lengths, *text))}, metrics
 
 
 def alignment(logits: jax.Array, lengths: jax.Array, tokens: jax.Array, token_lengths: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from speechjax.models.encoder import Encoded
-from speechjax.models.layers import fan_in_uniform, frame_mask
+from speechjax.models.layers import fan_in_uniform
 from speechjax.models.recurrent import BiLSTM
 from speechjax.tasks import _ctc
 from speechjax.tasks._base import Sums
@@ -62,20 +62,9 @@ class CTC(Head):
         heard = lengths > 0
         # A row that could not be read still has its transcript.
         text = batch["tokens"], jnp.where(heard, batch["token_lengths"], 0)
-        there, fitting = text[1] > 0, _ctc.fits(lengths, *text)
-        frames = frame_mask(lengths, logits.shape[1]) & there[:, None]
-        blank = frames & (jnp.argmax(logits, axis=2) == _ctc.BLANK)
-        total = lambda x: jnp.sum(x).astype(jnp.float32)  # noqa: E731
-        tokens = total(jnp.where(fitting, text[1], 0))
-        fixed = jax.lax.stop_gradient(logits)
-        losses = {"ctc": (jnp.sum(_ctc.ctc_loss(logits, lengths, *text)), tokens)}
-        metrics = {
-            "chance_ctc": (jnp.sum(_ctc.constant_loss(self.classes, logits.shape[1], lengths, *text)), tokens),
-            "error_rate": (total(jnp.where(there, _ctc.greedy_errors(fixed, lengths, *text), 0)), total(text[1])),
-            "blank_share": (total(blank), total(frames)),
-            "too_long_share": (total(there & ~fitting), total(there)),
-            "transcribed_share": (total(there), total(heard)),
-        }
+        losses, metrics = _ctc.score(logits, lengths, *text)
+        share = jnp.sum(text[1] > 0).astype(jnp.float32), jnp.sum(heard).astype(jnp.float32)
+        metrics["transcribed_share"] = share
         return losses, metrics
 
     def respond(self, encoded: Encoded) -> dict[str, jax.Array]:

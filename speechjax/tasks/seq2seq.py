@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from speechjax.errors import UserError
 from speechjax.models.decoder import TransformerDecoder, make_decoder
 from speechjax.models.encoder import Encoded
-from speechjax.models.layers import fan_in_uniform, frame_mask
+from speechjax.models.layers import fan_in_uniform
 from speechjax.tasks import _ctc
 from speechjax.tasks._base import Sums
 from speechjax.tasks._head import Head
@@ -82,21 +82,8 @@ class Seq2seq(Head):
         if not self.ctc_weight:
             return losses, metrics
 
-        lengths, known = encoded.lengths, (batch["tokens"], token_lengths)
-        logits = self.ctc_head(frames)
-        there, fitting = token_lengths > 0, _ctc.fits(lengths, *known)
-        inside = frame_mask(lengths, logits.shape[1]) & there[:, None]
-        tokens = jnp.sum(jnp.where(fitting, token_lengths, 0)).astype(jnp.float32)
-        errors = _ctc.greedy_errors(jax.lax.stop_gradient(logits), lengths, *known)
-        chance = _ctc.constant_loss(self.classes, logits.shape[1], lengths, *known)
-        losses |= {"ctc": (self.ctc_weight * jnp.sum(_ctc.ctc_loss(logits, lengths, *known)), tokens)}
-        metrics |= {
-            "chance_ctc": (self.ctc_weight * jnp.sum(chance), tokens),
-            "error_rate": share(jnp.where(there, errors, 0), token_lengths),
-            "blank_share": share(inside & (jnp.argmax(logits, axis=2) == _ctc.BLANK), inside),
-            "too_long_share": share(there & ~fitting, there),
-        }
-        return losses, metrics
+        more = _ctc.score(self.ctc_head(frames), encoded.lengths, batch["tokens"], token_lengths, self.ctc_weight)
+        return losses | more[0], metrics | more[1]
 
     def _spell(self, text: Text, frames: jax.Array, lengths: jax.Array, train: bool) -> jax.Array:
         """float32 [B, U + 1, V]: of every next token."""

@@ -106,7 +106,7 @@ class Transducer(Head):
         losses, metrics = {self.kind: (jnp.sum(loss), tokens)}, {f"chance_{self.kind}": (jnp.sum(chance), tokens)}
         if self.ctc_weight:
             fitting = fitting & _ctc.fits(lengths, *text)
-            more = self._score_ctc(self.ctc_head(x), lengths, text)
+            more = _ctc.score(self.ctc_head(x), lengths, *text, self.ctc_weight)
             losses, metrics = losses | more[0], metrics | more[1]
         metrics["too_long_share"] = (total(there & ~fitting), total(there))
         metrics["transcribed_share"] = (total(there), total(heard))
@@ -115,21 +115,6 @@ class Transducer(Head):
     def _met(self, x: jax.Array, tokens: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         """What the losses begin with: the joint, frames and texts."""
         return self.network.joint(), self.network.frames(x), self.network.texts(tokens)
-
-    def _score_ctc(self, logits, lengths, text) -> tuple[Sums, Sums]:
-        there, fitting = text[1] > 0, _ctc.fits(lengths, *text)
-        frames = frame_mask(lengths, logits.shape[1]) & there[:, None]
-        blank = frames & (jnp.argmax(logits, axis=2) == BLANK)
-        total = lambda x: jnp.sum(x).astype(jnp.float32)  # noqa: E731
-        tokens = total(jnp.where(fitting, text[1], 0))
-        weighted = lambda loss: (self.ctc_weight * jnp.sum(loss), tokens)  # noqa: E731
-        errors = jnp.where(there, _ctc.greedy_errors(lax.stop_gradient(logits), lengths, *text), 0)
-        metrics = {
-            "chance_ctc": weighted(_ctc.constant_loss(self.classes, logits.shape[1], lengths, *text)),
-            "error_rate": (total(errors), total(text[1])),
-            "blank_share": (total(blank), total(frames)),
-        }
-        return {"ctc": weighted(_ctc.ctc_loss(logits, lengths, *text))}, metrics
 
     def respond(self, encoded: Encoded) -> dict[str, jax.Array]:
         """What decoders need: `frames` float32 [B, T, D], `lengths` [B], and of the CTC `logits` float32 [B, T, V]."""
