@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args["size"] = args["size"] or "tiny" * args["smoke"]
     config = ConfigDict(base(args["size"]))
     if args["size"] == "tiny":
-        config.update(tiny())
+        config.update(finetuning.tiny_clips())
     config.update(finetuning.trains(args["trains"], args["size"]))
     if args["smoke"]:
         config.update(smoke())
@@ -57,13 +57,6 @@ def base(size: str) -> dict:
         train=presets.train(20_000),
         evals=finetuning.evals(),
     )
-
-
-def tiny() -> dict:
-    """For a CPU: 2,000 updates of 32 s in rows of at most 4 s."""
-    config = finetuning.tiny()
-    config["data"] |= dict(crop_seconds=4.0, shapes=2, row_multiple=4)
-    return config
 
 
 def smoke() -> dict:
