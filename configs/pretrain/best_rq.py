@@ -17,8 +17,10 @@ Not published, or not known to us: how long `paper` and `nest` train, and how ma
 utterances in `paper`); theirs are ours here.
 
 `streaming` makes any of them see the past only, with the paper's masks and frame rate for that (section 4.2): spans of
-300 ms, started with probability 0.02, two frames stacked.  What still looks ahead is the normalisation of the input
-over the utterance.
+300 ms, started with probability 0.02, two frames stacked.  So that it can be served for any time
+(speechjax/models/streaming.py) the input is normalised by what was heard so far and every layer sees 64 frames back;
+how far theirs sees is not known to us.  Chunks of several frames wait for their last and see it from their first:
+--config.model.attention.chunk=8 --config.model.attention.left=8.
 
 Arguments after the colon: size, streaming, and smoke (two steps of a miniature, for tests).
 """
@@ -110,7 +112,7 @@ def streaming() -> dict:
     """A causal model: what differs."""
     return dict(
         task=dict(mask_prob=0.02, mask_span=30),
-        model=dict(frontend=dict(factor=2), attention=dict(chunk=1)),
+        model=dict(frontend=dict(factor=2, normalize="online"), attention=dict(chunk=1, left=64)),
     )
 
 

@@ -15,6 +15,7 @@ from speechjax.models.spectral import OnlineNorm
 from speechjax.models.streaming import Streamer
 from speechjax.tasks.ctc import CTC
 from tests.drawing import draw_params
+from tests.tasks.experiments import experiment
 
 MEL = dict(name="mel", n_mels=8, factor=1, normalize="online")
 CONV_MEL = dict(
@@ -121,6 +122,15 @@ def test_steps_give_the_frames_of_the_whole_recording(kind):
     assert difference(found, expected) < 1e-5
     assert np.abs(expected[0]).max() > 1
     assert difference(streamed(streamer, audio, lengths, forget=True), expected) > 0.01, "negative control: no memory"
+
+
+def test_the_streaming_config_is_served_as_it_is_trained():
+    encoder = experiment("best_rq-streaming")[1].encoder
+    audio, lengths = recordings(encoder)
+    params = params_of(encoder, batch_of(audio, lengths))
+    streamer = Streamer(encoder, {"params": params}, rows=3)
+    found, expected = streamed(streamer, audio, lengths), whole(encoder, params, audio, lengths)
+    assert difference(found, expected) < 1e-5
 
 
 @pytest.fixture(scope="module")
