@@ -117,6 +117,11 @@ def recognition(**changes: Any) -> Block:
     return options | changes
 
 
+def answers(name: str, head: str = "") -> Block:
+    """Another evaluator that says how good answers are: classification, verification, frame_labels, values."""
+    return dict(name=name, every=4, head=head)
+
+
 def evals(**more: Block) -> Block:
     """Losses and a picture of the held-out split, and what says how good the answers are."""
     every = presets.evals()

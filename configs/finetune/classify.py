@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update(finetuning.tiny_clips())
     if args["tags"]:
         config.update(dict(task=dict(loss="sigmoid"), data=dict(label="tags:tags")))
+        config.update(dict(train=dict(best_metric="valid/loss", best_mode="min")))  # most tags are absent anyway
     config.update(finetuning.trains(args["trains"], args["size"]))
     if args["smoke"]:
         config.update(smoke())
@@ -56,8 +57,8 @@ def base(size: str) -> dict:
         data=presets.data(crop_seconds=15.0, batch_seconds=480.0)
         | dict(row_multiple=8, min_seconds=0.1, label="meta:lang"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
-        train=presets.train(20_000),
-        evals=finetuning.evals(),
+        train=presets.train(20_000, best_metric="valid/accuracy", best_mode="max"),
+        evals=finetuning.evals(answers=finetuning.answers("classification") | dict(group="")),
     )
 
 

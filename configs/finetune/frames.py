@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update(finetuning.tiny_clips())
     if args["units"] == "turns":
         config.update(dict(task=dict(loss="turns"), data=dict(units="turns:2")))
+        config.update(dict(train=dict(best_metric="valid/loss", best_mode="min")))
     else:
         config.update(dict(data=dict(units=args["units"])))
     config.update(finetuning.trains(args["trains"], args["size"]))
@@ -56,8 +57,10 @@ def base(size: str) -> dict:
         data=presets.data(crop_seconds=15.0, batch_seconds=480.0)
         | dict(row_multiple=8, min_seconds=0.5, units="phones"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
-        train=presets.train(20_000),
-        evals=finetuning.evals(),
+        train=presets.train(20_000, best_metric="valid/accuracy", best_mode="max"),
+        evals=finetuning.evals(
+            answers=finetuning.answers("frame_labels") | dict(group="", threshold=0.5, median=1, collar=0.0)
+        ),
     )
 
 

@@ -49,7 +49,7 @@ def base(size: str) -> dict:
         | dict(row_multiple=8, min_seconds=0.1, label="number:mos"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
         train=presets.train(20_000),
-        evals=finetuning.evals(),
+        evals=finetuning.evals(answers=finetuning.answers("values") | dict(group="")),
     )
 
 

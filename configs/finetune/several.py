@@ -55,7 +55,10 @@ def base(size: str) -> dict:
         | dict(row_multiple=8, min_seconds=0.1, label="who=meta:speaker ; what=meta:lang"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
         train=presets.train(20_000),
-        evals=finetuning.evals(),
+        evals=finetuning.evals(
+            who=finetuning.answers("verification", head="who") | dict(speaker="", trials=""),
+            what=finetuning.answers("classification", head="what") | dict(group=""),
+        ),
     )
 
 

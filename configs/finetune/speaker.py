@@ -55,8 +55,8 @@ def base(size: str) -> dict:
         data=presets.data(crop_seconds=4.0, batch_seconds=512.0)
         | dict(row_multiple=8, min_seconds=1.0, label="meta:speaker"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
-        train=presets.train(20_000),
-        evals=finetuning.evals(),
+        train=presets.train(20_000, best_metric="valid/accuracy", best_mode="max"),
+        evals=finetuning.evals(answers=finetuning.answers("verification") | dict(speaker="", trials="")),
     )
 
 
