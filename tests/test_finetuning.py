@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from speechjax.config import claim_workdir, load, to_json
 from speechjax.errors import UserError
 from speechjax.models.adapters import trainable_pattern
+from speechjax.optim import schedule
 
 REPO = Path(__file__).resolve().parent.parent
 FINETUNE = str(REPO / "configs/finetune/ctc.py")
@@ -56,6 +58,43 @@ def test_a_run_that_is_not_there_is_named(tmp_path):
 )
 def test_what_trains_is_said_in_the_path_grammar(trains, freeze):
     assert [tuple(rule) for rule in load(f"{FINETUNE}:size=tiny,trains={trains}").optim.freeze] == freeze
+
+
+@pytest.mark.parametrize(
+    ("arg", "gpus", "samples", "steps", "rate", "mask", "channels", "layerdrop", "wait"),
+    [  # fairseq's configurations: base_*.yaml, vox_*.yaml, and HuBERT's base_10h.yaml
+        ("labels=10m", 8, 3.2e6, 13_000, 5e-5, 0.65, 0.25, 0.1, 10_000),
+        ("labels=10h,size=base", 8, 3.2e6, 20_000, 5e-5, 0.65, 0.5, 0.05, 10_000),
+        ("labels=960h", 8, 3.2e6, 320_000, 1e-4, 0.5, 0.1, 0.1, 0),
+        ("labels=10m,size=large", 20, 1.28e6, 13_000, 1e-4, 0.65, 0.25, 0.1, 10_000),
+        ("labels=1h,recipe=large", 20, 1.28e6, 13_000, 3e-4, 0.75, 0.25, 0.1, 10_000),
+        ("labels=10h,size=large", 20, 1.28e6, 20_000, 1e-4, 0.75, 0.25, 0.1, 10_000),
+        ("labels=100h,size=large", 20, 1.28e6, 80_000, 3e-5, 0.5, 0.5, 0.1, 10_000),
+        ("labels=960h,size=large", 24, 1.28e6, 320_000, 3e-5, 0.5, 0.25, 0.1, 10_000),
+        ("labels=10h,recipe=hubert", 1, 3.2e6, 25_000, 2e-5, 0.75, 0.5, 0.1, 10_000),
+    ],
+)
+def test_recipes_are_those_published(arg, gpus, samples, steps, rate, mask, channels, layerdrop, wait):
+    config = load(f"{FINETUNE}:{arg}")
+    assert config.data.batch_seconds == gpus * samples / 16000
+    assert (config.train.steps, config.optim.learning_rate) == (steps, rate)
+    assert (config.task.mask_prob, config.task.channel_mask_prob) == (mask, channels)
+    assert (config.task.mask_span, config.task.channel_mask_span) == (10, 64)
+    assert config.model.layerdrop == layerdrop
+    waits = [rule[2] for rule in config.optim.freeze if rule[0] == "^encoder/"]
+    assert waits == [wait] * bool(wait)
+
+
+def test_huberts_schedule_stops_long_before_its_floor():
+    optim = load(f"{FINETUNE}:labels=10h,recipe=hubert").optim
+    rate = schedule(steps=25_000, **{key: optim[key] for key in ("learning_rate", "warmup", "hold", "decay", "floor")})
+    published = 2e-5 * 0.05 ** (np.arange(0, 17_001, 1000) / 72_000)
+    assert np.allclose(rate(np.arange(8000, 25_001, 1000)), published, rtol=1e-4)
+
+
+def test_a_recipe_that_was_not_published_is_named():
+    with pytest.raises(UserError, match="recipe=hubert: published for labels=10h, not 1h"):
+        load(f"{FINETUNE}:labels=1h,recipe=hubert")
 
 
 def test_what_cannot_train_is_named():

@@ -137,7 +137,8 @@ def stream(args, rng, digits, speech):
         while here < end:
             here += rng.integers(RATE // 4, 2 * RATE)  # a pause
             n = pick(rng, [d for d in range(10) if d != keyword])
-            own = pick(rng, speech) if speech and rng.random() < 0.5 else pick(rng, digits[pick(rng, sorted(digits))][n])
+            others = speech if speech and rng.random() < 0.5 else digits[pick(rng, sorted(digits))][n]
+            own = pick(rng, others)
             if here + len(own) > end:
                 break
             clear = here + len(own) < at - RATE // 4 or here > at + len(word) + RATE // 4
