@@ -12,19 +12,15 @@ was before training, ABX and phone information on speech with phone labels, audi
 import argparse
 import json
 import logging
-import os
-import shlex
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from speechjax.errors import UserError
-from speechjax.verb import leave
+from speechjax.verb import call, leave
 
 log = logging.getLogger("speechjax")
 
@@ -136,7 +132,7 @@ def _train(name: str, workdir: Path, args: argparse.Namespace) -> None:
         own.append(f"task.teacher={_needed(experiment.teacher, name, args)}")
     flags = [f"--config.{override}" for override in (*own, *overrides)]  # the user's last: they win
     command = ["speechjax.main", f"--config={spec}", f"--workdir={workdir}", *flags]
-    peak = _call(command, args.out / f"{name}.log")
+    peak = call(command, args.out / f"{name}.log")
     (workdir / "trained.json").write_text(json.dumps({"peak_bytes": peak, "command": command}, indent=1) + "\n")
 
 
@@ -158,7 +154,7 @@ def _label(units: str, args: argparse.Namespace) -> Path:
         command += [f"--features={features}"]
     if args.held_out:  # clusters are fitted to speech, too
         command.append(f"--exclude={_held_out(args)}")
-    _call(command, args.out / f"units_{features}.log")
+    call(command, args.out / f"units_{features}.log")
     return out
 
 
@@ -179,27 +175,9 @@ def _evaluate(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
             )
         flags = [f"--evals.{name}.{key}={value}" for name, block in evals.items() for key, value in block.items()]
         command = ["speechjax.evaluate", f"--workdir={workdir}", "--checkpoint=newest", f"--evals={','.join(evals)}"]
-        _call([*command, f"--out={out}", *flags], workdir.parent / f"{workdir.name}.evaluate.log")
+        call([*command, f"--out={out}", *flags], workdir.parent / f"{workdir.name}.evaluate.log")
     evals = json.loads(out.read_text())["evals"]
     return {f"{name}/{key}": value for name, found in evals.items() for key, value in found["metrics"].items()}
-
-
-def _call(command: Sequence[str], log_file: Path) -> int:
-    """Runs `python -m COMMAND` with its output in a file; peak resident memory in bytes.  Raises UserError."""
-    log.info("%s", shlex.join(["python", "-m", *command]))
-    with open(log_file, "ab") as out:
-        process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)  # tells the memory of this process alone
-            process.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if code := process.returncode:
-        tail = log_file.read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"python -m {command[0]} ended with code {code} ({' '.join(tail)}); see {log_file}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _speed(workdir: Path) -> dict[str, float]:

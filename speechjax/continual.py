@@ -31,9 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from speechjax.compare import _call as call
 from speechjax.errors import UserError
-from speechjax.verb import leave, split_overrides
+from speechjax.verb import call, leave, split_overrides
 
 log = logging.getLogger("speechjax")
 

@@ -27,15 +27,15 @@ def pcm_blocks(path: Path) -> Iterator[np.ndarray]:
         with open(path, "rb", buffering=0) as raw:
             if not path.stat().st_size:
                 raise BadAudio("empty file")
-            if not decode._is_complete(raw):
+            if not decode.is_complete(raw):
                 raise BadAudio("truncated")
             raw.seek(0)
             try:
-                file = decode._ForwardReader(raw.fileno(), closefd=False)
+                file = decode.ForwardReader(raw.fileno(), closefd=False)
             except soundfile.LibsndfileError as error:
                 raise BadAudio("not audio") from error
             with file:
-                yield from _resampled(decode._blocks(file, raw, 0.0, None), file.samplerate)
+                yield from _resampled(decode.read_blocks(file, raw, 0.0, None), file.samplerate)
     except FileNotFoundError as error:
         raise BadAudio("no such file") from error
     except PermissionError as error:
@@ -43,17 +43,17 @@ def pcm_blocks(path: Path) -> Iterator[np.ndarray]:
 
 
 def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    if not decode._LOWEST_RATE <= rate <= decode._HIGHEST_RATE:
+    if not decode.LOWEST_RATE <= rate <= decode.HIGHEST_RATE:
         raise BadAudio("sample rate out of range")
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
         if not np.isfinite(block).all():
             raise BadAudio("NaN or infinite samples")
         mono = block.mean(axis=1, dtype=np.float32)
-        yield np.frombuffer(decode._quantize(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)), np.int16)
+        yield np.frombuffer(decode.quantize(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)), np.int16)
     if rate != SAMPLE_RATE:
         rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        yield np.frombuffer(decode._quantize(rest), np.int16)
+        yield np.frombuffer(decode.quantize(rest), np.int16)
 
 
 class Level:

@@ -4,9 +4,12 @@ import argparse
 import errno
 import logging
 import os
+import shlex
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from speechjax.errors import UserError
 
@@ -36,6 +39,24 @@ def keep_compiled() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def call(command: Sequence[str], log_file: Path) -> int:
+    """Runs `python -m COMMAND` with its output in a file; peak resident memory in bytes.  Raises UserError."""
+    log.info("%s", shlex.join(["python", "-m", *command]))
+    with open(log_file, "ab") as out:
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)  # tells the memory of this process alone
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code := process.returncode:
+        tail = log_file.read_text(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"python -m {command[0]} ended with code {code} ({' '.join(tail)}); see {log_file}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:

@@ -20,7 +20,7 @@ SAMPLE_RATE = 16_000
 EXTENSIONS = frozenset(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph .nist".split())
 
 _BLOCK = 1 << 18  # samples over all channels held at a time
-_LOWEST_RATE, _HIGHEST_RATE = 4_000, 384_000
+LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000
 _LOUDEST = 16.0  # float audio may overshoot full scale a little; beyond this it was never scaled to ±1
 _UNKNOWN = 0x7FFFF000  # sizes from here up are placeholders that streaming writers leave in headers
 _MP3_FRAME = 1_152
@@ -30,7 +30,7 @@ class BadAudio(Exception):  # noqa: N818 - a verdict on a file, not a failure of
     """A recording that cannot be used; the message is a short reason, equal for equal faults."""
 
 
-class _ForwardReader(soundfile.SoundFile):
+class ForwardReader(soundfile.SoundFile):
     """soundfile seeks after each read of a seekable file; a FLAC of unknown length fails so at its end."""
 
     def seekable(self) -> bool:
@@ -49,15 +49,15 @@ def decode(path: str | os.PathLike[str], offset: float = 0.0, duration: float | 
         with open(path, "rb", buffering=0) as raw:
             if os.fstat(raw.fileno()).st_size == 0:
                 raise BadAudio("empty file")
-            if not _is_complete(raw):
+            if not is_complete(raw):
                 raise BadAudio("truncated")
             raw.seek(0)
             try:
-                file = _ForwardReader(raw.fileno(), closefd=False)
+                file = ForwardReader(raw.fileno(), closefd=False)
             except soundfile.LibsndfileError as error:
                 raise BadAudio("not audio") from error
             with file:
-                return to_pcm16(_blocks(file, raw, offset, duration), file.samplerate)
+                return to_pcm16(read_blocks(file, raw, offset, duration), file.samplerate)
     except PermissionError as error:
         raise BadAudio("no permission to read") from error
     except OSError as error:
@@ -95,7 +95,7 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
     Channels are averaged; soxr HQ resamples (aliases below -130 dB); ceil(n · 16000 / rate) samples come out.
     Raises `BadAudio` on NaN or infinity, samples far beyond full scale, no samples, and digital silence.
     """
-    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise BadAudio("sample rate out of range")
     resampler = None
     if rate != SAMPLE_RATE:
@@ -108,9 +108,9 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
         if peak > _LOUDEST:
             raise BadAudio("samples far beyond full scale")
         mono = block.mean(axis=1, dtype=np.float32)
-        pcm += _quantize(mono if resampler is None else resampler.resample_chunk(mono))
+        pcm += quantize(mono if resampler is None else resampler.resample_chunk(mono))
     if resampler is not None:
-        pcm += _quantize(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        pcm += quantize(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     samples = np.frombuffer(pcm, np.int16)
     if not samples.size:
         raise BadAudio("no samples")
@@ -119,11 +119,12 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
     return samples
 
 
-def _quantize(mono: np.ndarray) -> bytes:
+def quantize(mono: np.ndarray) -> bytes:
+    """Float samples of one channel as int16."""
     return np.clip(np.rint(mono * 32_768), -32_768, 32_767).astype(np.int16).tobytes()
 
 
-def _blocks(file: _ForwardReader, raw: BinaryIO, offset: float, duration: float | None) -> Iterator[np.ndarray]:
+def read_blocks(file: ForwardReader, raw: BinaryIO, offset: float, duration: float | None) -> Iterator[np.ndarray]:
     """Float32 blocks [samples, channels] of the wanted part; `BadAudio` if there is less than promised."""
     if offset:
         try:
@@ -151,7 +152,7 @@ def _blocks(file: _ForwardReader, raw: BinaryIO, offset: float, duration: float 
         _check_length(file, raw, done)
 
 
-def _check_length(file: _ForwardReader, raw: BinaryIO, done: int) -> None:
+def _check_length(file: ForwardReader, raw: BinaryIO, done: int) -> None:
     """Raises `BadAudio` when the `done` samples read to the end of the file cannot be all of it."""
     if file.frames >= 1 << 62:  # a streamed FLAC does not say
         return
@@ -167,7 +168,7 @@ def _check_length(file: _ForwardReader, raw: BinaryIO, done: int) -> None:
         raise BadAudio("truncated")
 
 
-def _is_complete(raw: BinaryIO) -> bool:
+def is_complete(raw: BinaryIO) -> bool:
     """Whether the file holds as much as its container announces; true where that announces nothing."""
     size = os.fstat(raw.fileno()).st_size
     head = raw.read(12)

@@ -27,7 +27,7 @@ def write_shard(folder: Path, number: int, items: Iterable[Item], copy: bool) ->
     statistics, rejected, rows = Statistics.new(), [], []
     offset = line = 0
     suffixes = (".pcm", ".jsonl", ".npy") if copy else (".jsonl", ".npy")
-    with _Hashed(base, ".pcm", wanted=copy) as pcm, _Hashed(base, ".jsonl") as lines:
+    with Hashed(base, ".pcm", wanted=copy) as pcm, Hashed(base, ".jsonl") as lines:
         for item in items:
             try:
                 audio = item.read()
@@ -54,7 +54,7 @@ def write_shard(folder: Path, number: int, items: Iterable[Item], copy: bool) ->
             rows.append((len(audio), at, line, id_key(item.id), number, mean, std))
             line += lines.write(json.dumps(entry).encode() + b"\n")
         index = np.array(rows, INDEX)
-    with _Hashed(base, ".npy") as file:
+    with Hashed(base, ".npy") as file:
         np.save(file, index)
     written = {".pcm": pcm, ".jsonl": lines, ".npy": file}
     info = {
@@ -68,7 +68,7 @@ def write_shard(folder: Path, number: int, items: Iterable[Item], copy: bool) ->
     return info
 
 
-class _Hashed:
+class Hashed:
     """A file written beside its place, hashed on the way, moved there when it is whole and on the disk."""
 
     def __init__(self, base: Path, suffix: str, wanted: bool = True):
@@ -76,7 +76,7 @@ class _Hashed:
         self.scratch = self.path.with_name(self.path.name + ".tmp")
         self.wanted, self.bytes, self.sha = wanted, 0, hashlib.sha256()
 
-    def __enter__(self) -> "_Hashed":
+    def __enter__(self) -> "Hashed":
         self.file = open(self.scratch, "wb") if self.wanted else None
         return self
 
@@ -172,7 +172,7 @@ def finish(folder: Path, source: Source, shards: int, copy: bool) -> None:
     """Joins finished shards to a data set: index.npy, rejected.jsonl and, last, dataset.json."""
     files, rejected = {}, 0
     counts = []
-    with _Hashed(folder / "rejected", ".jsonl") as rejects:
+    with Hashed(folder / "rejected", ".jsonl") as rejects:
         for number in range(shards):
             info = json.loads((folder / f"{shard_name(number)}.json").read_text(encoding="utf-8"))
             files |= info["files"]
@@ -182,7 +182,7 @@ def finish(folder: Path, source: Source, shards: int, copy: bool) -> None:
                 rejects.write(json.dumps(entry).encode() + b"\n")
     total = sum(recordings for recordings, _ in counts)
     header = np.lib.format.header_data_from_array_1_0(np.empty(0, INDEX)) | {"shape": (total,)}
-    with _Hashed(folder / "index", ".npy") as index:
+    with Hashed(folder / "index", ".npy") as index:
         # Written, not mapped: where the disk is full a write raises, and a mapped page ends the process.
         np.lib.format.write_array_header_1_0(index, header)  # type: ignore[arg-type]
         for number in range(shards):

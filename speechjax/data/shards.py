@@ -100,7 +100,7 @@ class Shards:
         return len(self.index)
 
     def _opened(self, path: str) -> "_File":
-        return _open_file(path, self.info["sha256"])  # what is made anew under a name is another file
+        return open_file(path, self.info["sha256"])  # what is made anew under a name is another file
 
     @property
     def rejected(self) -> list[dict[str, str]]:
@@ -203,7 +203,7 @@ class _File:
 
 
 @functools.lru_cache(_OPEN_FILES)  # of all sets together: a process may open 1,024 as a rule
-def _open_file(path: str, version: str) -> _File:
+def open_file(path: str, version: str) -> _File:
     return _File(path)
 
 

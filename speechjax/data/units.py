@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from speechjax.data.records import Records
-from speechjax.data.shard_writer import _Hashed, shard_info, write_json
-from speechjax.data.shards import _open_file, shard_name
+from speechjax.data.shard_writer import Hashed, shard_info, write_json
+from speechjax.data.shards import open_file, shard_name
 from speechjax.data.sources import digest
 from speechjax.errors import UserError
 
@@ -107,14 +107,14 @@ class UnitWriter:
         (self.folder / "units.json").unlink(missing_ok=True)
         base.with_suffix(".json").unlink(missing_ok=True)
         rows, counts, offset = [], np.zeros(self.codes, np.int64), 0
-        with _Hashed(base, ".units") as codes:
+        with Hashed(base, ".units") as codes:
             for who, units in entries:
                 units = self._checked(who, units)
                 rows.append((*who.tolist(), offset, number))
                 counts += np.bincount(units, minlength=self.codes)
                 offset += codes.write(_sealed(units.astype(_kind(self.codes)), int(who["key"])))
         index = np.array(rows, INDEX)
-        with _Hashed(base, ".npy") as file:
+        with Hashed(base, ".npy") as file:
             np.save(file, index)
         written = {f"{base.name}.units": codes.info(), f"{base.name}.npy": file.info()}
         write_json(base.with_suffix(".json"), {"files": written, "recordings": len(index), "counts": counts.tolist()})
@@ -144,7 +144,7 @@ class UnitWriter:
         parts = [np.load(self.folder / f"{shard_name(k)}.npy", allow_pickle=False) for k in range(self.shards)]
         index = np.concatenate([np.empty(0, INDEX), *parts])
         index = index[np.lexsort([index[name] for name in ("offset", "shard", "mean", "std", "samples", "key")])]
-        with _Hashed(self.folder / "index", ".npy") as file:
+        with Hashed(self.folder / "index", ".npy") as file:
             np.save(file, index)
         counts = np.sum([shard["counts"] for shard in shards], axis=0, dtype=np.int64)
         claimed = [f"{name} {value}" for name, value in self._mine.items()]
@@ -240,7 +240,7 @@ class Units:
         size = (len(blocks) - 1) * full + last
         try:
             # What is made anew under a name is another file.
-            raw = _open_file(self._prefix + name, self.digest).read(int(record["offset"]) + blocks[0] * full, size)
+            raw = open_file(self._prefix + name, self.digest).read(int(record["offset"]) + blocks[0] * full, size)
         except (OSError, OverflowError) as error:
             raise self._damaged(f"{name} cannot be read ({error})") from error
         parts = [raw[begin : begin + full] for begin in range(0, size, full)]

@@ -360,7 +360,7 @@ def test_however_the_folder_is_spelt_it_is_the_same_set(folder, opened, decodes,
 
 def test_too_many_open_files_are_not_a_bad_recording(folder, opened, monkeypatch):
     records = opened(folder)
-    shards._open_file.cache_clear()
+    shards.open_file.cache_clear()
 
     def failing(*_):
         raise OSError(errno.EMFILE, "Too many open files")
