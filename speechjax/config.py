@@ -71,24 +71,25 @@ def open_module(spec: str) -> Any:
 
 
 def complete_model(config: Any) -> None:
-    """A model block without an encoder gets that of the run `init_from`, or wav2vec 2.0 Base's.
+    """A model block with a `preset` has no encoder: it gets that of the run `init_from`, or wav2vec 2.0 of that size.
 
     So fine-tuning says how to train, and the checkpoint what; new adapters come on top of those it has.  Raises
     UserError where there is no such run.
     """
     from speechjax import presets, runs
 
-    if {"frontend", "width", "layers"} & set(config.model):
+    if "preset" not in config.model:
         return
+    mine = config.model.to_dict()
+    preset = mine.pop("preset")
     if config.init_from:
         checkpoint = runs.find_checkpoint(config.init_from)
         run: Any = runs.read_config(checkpoint.parent.parent)
         there = run.model.to_dict()
     else:
-        there = presets.waveform("base")
-    mine = config.model.to_dict()
+        there = presets.waveform(preset)
     before = there.get("adapters", ())
-    adapters = (*before, *(block for block in mine.get("adapters", ()) if block not in before))
+    adapters = (*before, *(block for block in mine["adapters"] if block not in before))
     config.model = ConfigDict(_filled(mine, there) | dict(adapters=adapters))
 
 

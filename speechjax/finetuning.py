@@ -68,12 +68,11 @@ def _adapted(adapter: Block) -> Block:
 
 
 def model(size: str) -> Block:
-    """The encoder of `size`; without one what the checkpoint leaves open: how to train it."""
+    """What fine-tuning says of a model, how it trains; what it is says the checkpoint, or from scratch `size`."""
+    how = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.1, input_dropout=0.0, layerdrop=0.1)
     if size:
-        return presets.waveform(size) | dict(adapters=())
-    return dict(
-        adapters=(), dropout=0.0, attention_dropout=0.0, activation_dropout=0.1, input_dropout=0.0, layerdrop=0.1
-    )
+        how = {key: presets.waveform(size)[key] for key in how}
+    return dict(preset=size or "base", adapters=(), **how)
 
 
 def masks(prob: float = 0.0, channel_prob: float = 0.0) -> Block:

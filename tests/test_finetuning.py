@@ -43,6 +43,14 @@ def test_without_a_run_fine_tuning_begins_with_base_from_scratch():
     assert load(f"{FINETUNE}:size=tiny").model.width == 128
 
 
+def test_the_recipe_for_a_cpu_trains_any_encoder(tmp_path):
+    run = a_run(tmp_path)
+    found, recipe = load(f"{FINETUNE}:size=tiny", [f"init_from={run}"]), load(f"{FINETUNE}:size=tiny")
+    assert (found.model.frontend.name, found.model.width) == ("mel", 32)
+    assert (found.data, found.optim, found.train) == (recipe.data, recipe.optim, recipe.train)
+    assert found.model.dropout == recipe.model.dropout == 0.1
+
+
 def test_a_run_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load(FINETUNE, [f"init_from={tmp_path / 'gone'}"])

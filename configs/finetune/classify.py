@@ -10,7 +10,7 @@ code): a learned average of all layers, a linear layer of 256 units, the mean ov
 length are ours.  Rare classes count more with config.task.class_weights=balanced.
 
 tags    any number of classes an utterance, not one.
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains= all, head (as SUPERB does), top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: tags, size, trains, and smoke (two steps of a miniature, for tests).

@@ -16,8 +16,8 @@ labels=10m, 1h, 10h, 100h, 960h   updates, rates and masks published for so much
         4.3/9.5 (10 h), 3.4/8.0 (100 h), 2.6/6.1 % (960 h).
 recipe= of which encoder: base or large of wav2vec 2.0 (by default as size says), or hubert: that of its Base for 10 h,
         in batches of 200 s, the only one published.
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).  The recipe of
-        tiny is ours, for a CPU.
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe of ours, for a
+        CPU and any checkpoint.
 trains= all, head, top4, gradual, discriminative, bitfit, lora, houlsby, parallel, prefix, ia3 (speechjax/finetuning.py)
 
 Arguments after the colon: labels, recipe, size, trains, and smoke (two steps of a miniature, for tests).

@@ -9,7 +9,7 @@ units=phones  from phones [[symbol, start s, end s], ...] in the recordings' met
 units=speech  voice activity: from segments [[start s, end s], ...], or from phones that are not silence.
 units=turns   diarisation, end to end: from turns [[speaker, start s, end s], ...], with the permutation-free loss of
               Fujita et al. 2019 (https://arxiv.org/abs/1909.05952); here of up to 2 speakers.
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains= all, head (as SUPERB does), top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 The head is linear; rate and length are ours.

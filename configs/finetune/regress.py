@@ -7,7 +7,7 @@ The number is a field of the recordings' metadata; the built-in corpus has none.
 linear layer, as for opinion scores in Cooper et al. 2022 (https://arxiv.org/abs/2110.02635), which also take the
 absolute error.  Rate and length are ours.
 
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains= all, head (as SUPERB does), top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: size, trains, and smoke (two steps of a miniature, for tests).

@@ -12,7 +12,7 @@ installed.  Over a pretrained encoder nothing is published that this repeats: ra
 
 translation  of what is said: no CTC, for the order of words is another, case and punctuation kept.
              config.data.text_field names the field of the metadata with the text.
-size=        base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=        base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains=      all, head, top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: translation, size, trains, and smoke (two steps of a miniature, for tests).

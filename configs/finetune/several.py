@@ -7,7 +7,7 @@
 Every head is a task with a head (classify, speaker, frames, regress, ctc), named in config.task.heads with its fields
 and its weight in the loss; all share the encoder, which runs once, its masks, and `layers`.  Rate and length are ours.
 
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains= all, head (as SUPERB does), top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: size, trains, and smoke (two steps of a miniature, for tests).

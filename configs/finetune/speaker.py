@@ -8,7 +8,7 @@ learned average of all layers, after a linear layer of 512 units.  The loss is t
 https://arxiv.org/abs/1801.07698) with the margin and scale usual for voices, 0.2 and 30; SUPERB's is
 config.task.loss=am with config.task.margin=0.4.  Rate and length are ours.  In evaluation, speakers are others.
 
-size=   base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=   base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains= all, head (as SUPERB does), top4, gradual, bitfit, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: size, trains, and smoke (two steps of a miniature, for tests).

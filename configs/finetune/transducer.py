@@ -15,7 +15,7 @@ An auxiliary CTC loss (weight 0.3) helps the encoder before the transducer's ali
 and batches are those of wav2vec 2.0's fine-tuning with 100 h (arXiv 2006.11477); what is new learns ten times as fast.
 
 predictor=  stateless, or lstm: one layer of 512.
-size=       base, large or tiny; without it, the model of the checkpoint (wav2vec 2.0 Base if there is none).
+size=       base (default), large or tiny: of a model from scratch; tiny is also a recipe for a CPU, of any checkpoint.
 trains=     all, head, top4, lora, ... (speechjax/finetuning.py)
 
 Arguments after the colon: kind, predictor, size, trains, and smoke (two steps of a miniature, for tests).

@@ -14,8 +14,9 @@ The head is two bidirectional LSTM layers of 1024 a direction.  Unlike there: th
 without a linear layer of 1024 units before; dropout of 0.2 is on what they read too; no spectrogram augmentation of the
 average.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and text; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+text; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

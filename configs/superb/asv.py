@@ -16,8 +16,9 @@ of 0.4 and a scale of 30; batches of 50 crops of 8 s, utterances of 2 s at least
 the statistics, not two of which the second is left out of the test, and no rectifier on it; recordings above 30 s are
 tested in parts.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and label; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+label; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

@@ -11,8 +11,9 @@ Accuracy, the mean of five folds, each a session held out (table 2), %: 63.4 of 
 Unlike there, the best update is that of the held-out session itself; there a fifth of the other four says which it is.
 The last evaluation of a run has not been chosen.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and label; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+label; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

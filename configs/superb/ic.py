@@ -13,8 +13,9 @@ beside its folder wavs, from where their paths begin.
 
 Unlike there: each of the three heads has a linear layer of its own before the mean.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and label; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+label; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

@@ -14,8 +14,9 @@ is TensorFlow Datasets' speech_commands, to be prepared before.
 Unlike there: the recordings are those of version 2 of the set, of which TFDS has the 12 classes; classes are evened out
 in the loss and not by drawing, which is the same on average; each recording is as loud as it is.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and label; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+label; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

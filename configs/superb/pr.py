@@ -14,8 +14,9 @@ data is TensorFlow Datasets' librispeech, to be prepared before.
 Unlike there: phones are those that eSpeak NG speaks, not those of a lexicon, so the numbers do not compare; the linear
 layer of 256 units before the classes is left out, for two linear layers are one.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings, source and text; a part is
-held out by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings, source and
+text; a part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for
+tests).
 """
 
 from ml_collections import ConfigDict

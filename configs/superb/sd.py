@@ -13,8 +13,9 @@ and write manifests with "turns": [["a", 0.0, 2.5], ["b", 1.2, 4.0]] a recording
 
 Unlike there: the head is linear, without the LSTM layer of 512 units before it.
 
-size= base, large or tiny; without it, the model of the checkpoint.  own: your recordings and source; a part is held out
-by itself.  Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests; one speaker).
+size= base, large or tiny: of a model from scratch; tiny is also a recipe for a CPU. own: your recordings and source; a
+part is held out by itself. Arguments after the colon: size, own, and smoke (two steps of a miniature, for tests; one
+speaker).
 """
 
 from ml_collections import ConfigDict
