@@ -198,6 +198,10 @@ def check(config: Any) -> None:
     check_kwargs("config.mesh", sharding.make_mesh, config.mesh)
     check_kwargs("config.train", train.Schedule, config.train)
     train.Schedule(**config.train)
+    judge = config.train.best_metric.partition("/")[0]
+    if config.evals and judge not in config.evals:
+        there = ", ".join(config.evals)
+        raise UserError(f"config.train.best_metric={config.train.best_metric!r}: config.evals has {there}")
     for name, block in config.evals.items():
         check_kwargs(f"config.evals.{name}", eval_class(block.name), _without_name(block), given=("job",))
 

@@ -124,7 +124,10 @@ def choose(config: Any, evals: str | None, overrides: Sequence[str]) -> list[str
         raise UserError("no evaluator: name some, e.g. --evals=loss,abx")
     config.unlock()
     blocks = {name: config.evals[name].to_dict() if name in config.evals else {"name": name} for name in chosen}
-    config.evals = {name: _defaults(block["name"]) | block | {"every": 1} for name, block in blocks.items()}
+    # The run's others stay: one evaluator may name another, with its options.
+    config.evals = config.evals.to_dict() | {
+        name: _defaults(block["name"]) | block | {"every": 1} for name, block in blocks.items()
+    }
     config.lock()
     for override in overrides:
         configs.override(config, override)

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from speechjax.errors import UserError
-from speechjax.paths import path_name
+from speechjax.paths import path_name, restacked
 from speechjax.verb import keep_compiled, leave, split_overrides
 
 log = logging.getLogger("speechjax")
@@ -80,6 +80,9 @@ def recall(opt_state: Any, workdir: str) -> Any:
     fitted = 0
 
     def fill(tree: Any, known: Arrays) -> Any:
+        names = dict.fromkeys(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+        known = restacked(known, names)
+
         def leaf(path, x):
             nonlocal fitted
             found = known.get(path_name(path))
@@ -141,6 +144,7 @@ def add(one: Memory, other: Memory) -> Memory:
     Where shapes differ, as of a head that began anew, `other` counts alone.
     """
     precision, centre = dict(one.precision), dict(one.centre)
+    other = Memory(restacked(other.precision, precision), restacked(other.centre, precision))
     for name, held in other.precision.items():
         mine, at = precision.get(name), other.centre[name]
         if mine is None or mine.shape != held.shape:

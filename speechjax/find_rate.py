@@ -94,7 +94,7 @@ def find_rate(task: Any, config: Any, data: Any, *, steps: int, low: float, high
         tx = _scaled(tx, lambda count: low * jax.numpy.exp(growth * count.astype(jax.numpy.float32)))
         init = functools.partial(init_state, task, tx, config.train.seed, batch_shapes(data.specs[0], mesh))
         abstract = sharding.placed(mesh, jax.eval_shape(init))
-        state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc)
+        state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc, config.data.label)
         programs = compile_steps(
             task, tx, mesh, abstract, data.specs, config.train.seed, 1, config.train.device_seconds,
             detach(config.optim.freeze),

@@ -13,8 +13,8 @@ SPOKEN = "nfkc lowercase no_punctuation single_spaces"  # config.data.text_steps
 
 # One adapter of each kind, under 3 % of the parameters of Base, and changes that do the same for tiny.
 ADAPTERS: dict[str, Block] = {
-    "lora": dict(kind="lora", name="task", targets=r"(query|key|value|out|mlp_up|mlp_down)$", rank=8, alpha=16.0,
-                 dropout=0.0),
+    "lora": dict(kind="lora", name="task", targets=r"(attention/(query|key|value|out)|mlp\d*_(up|down))$", rank=8,
+                 alpha=16.0, dropout=0.0),
     "houlsby": dict(kind="houlsby", name="task", width=64, activation="gelu"),
     "parallel": dict(kind="parallel", name="task", width=64, scale=4.0),
     "prefix": dict(kind="prefix", name="task", length=16),
@@ -32,8 +32,9 @@ def trains(what: str, size: str = "") -> Block:
     top4            the head and the last 4 layers, and so on
     gradual         from the head downwards: the last layer after 500 updates, one more every 500, all after 2000
                     (Howard and Ruder 2018, arXiv 1801.06146, section 3.3)
-    discriminative  everything, each layer at 0.9 of the rate of the one above (the same, section 3.2)
-    bitfit          the head and all biases (Ben Zaken et al. 2022, arXiv 2106.10199)
+    discriminative  everything, each layer at 0.9 of the rate of the one above, what is below them at 0.9^12, as
+                    Base has it (the same, section 3.2)
+    bitfit          the head and all biases of the transformer (Ben Zaken et al. 2022, arXiv 2106.10199)
     lora, houlsby, parallel, prefix, ia3   the head and adapters in the fixed encoder (speechjax/models/adapters.py)
 
     Raises UserError for anything else.

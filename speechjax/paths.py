@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 _LAYER = re.compile(r"^(.*layer)(\d+)(/.*)$")
 
@@ -47,3 +48,21 @@ def leaf_names(tree: Any) -> list[list[str]]:
 def map_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     """A tree like `tree` that holds, for every leaf, the value of its first matching rule."""
     return jax.tree.unflatten(jax.tree.structure(tree), [match(rules, names, what) for names in leaf_names(tree)])
+
+
+def restacked(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """`theirs` with layers stacked, or one by one, as `ours` has them."""
+    stacked, single = re.compile(r"^(.*transformer/)layers/"), re.compile(r"^(.*transformer/)layer(\d+)/")
+    if any(map(stacked.match, theirs)) and any(map(single.match, ours)):
+        found = {k: stacked.match(k) for k in theirs}
+        split = {
+            k.replace("/layers/", f"/layer{i}/"): v[i] for k, v in theirs.items() if found[k] for i in range(len(v))
+        }
+        return {k: v for k, v in theirs.items() if not found[k]} | split
+    if any(map(single.match, theirs)) and any(map(stacked.match, ours)):
+        together: dict[str, list[Any]] = {}
+        for k in sorted(filter(single.match, theirs), key=lambda k: int(single.match(k)[2])):  # type: ignore[index]
+            together.setdefault(single.sub(r"\1layers/", k), []).append(theirs[k])
+        rest = {k: v for k, v in theirs.items() if not single.match(k)}
+        return rest | {k: np.stack(v) for k, v in together.items()}
+    return theirs

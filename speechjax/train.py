@@ -80,9 +80,10 @@ class Best:
         if name not in metrics:
             there = ", ".join(sorted(metrics)) or "no evaluations"
             raise UserError(f"config.train.best_metric={name!r} is not among the evaluations: {there}")
-        sign = 1 if self.schedule.best_mode == "min" else -1
-        if self.value is None or sign * metrics[name] < sign * self.value:
-            self.value, self.step, self.worse = metrics[name], step, 0
+        sign, value = 1 if self.schedule.best_mode == "min" else -1, metrics[name]
+        # A correlation of constant predictions is no number, and none is better than it.
+        if math.isfinite(value) and (self.value is None or sign * value < sign * self.value):
+            self.value, self.step, self.worse = value, step, 0
             return True
         self.worse += 1
         return False
@@ -114,7 +115,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc)
+            state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc, config.data.label)
             best, start = Best(schedule), 0
         else:
             state, meta = restored

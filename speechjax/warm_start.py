@@ -9,42 +9,44 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from speechjax.errors import UserError
 from speechjax.ewc import recall
 from speechjax.models.adapters import ADAPTER_LEAF
-from speechjax.paths import path_name
-from speechjax.runs import find_checkpoint, read_weights
+from speechjax.paths import path_name, restacked
+from speechjax.runs import find_checkpoint, read_config, read_weights
 from speechjax.step import State
 
 log = logging.getLogger("speechjax")
 
 
-def fresh_state(task: Any, init: Any, abstract: State, init_from: str, ewc: str = "") -> State:
+_ABOUT_LABELS = ("prior", "scale")  # collections of heads: how often classes, and how large numbers are
+
+
+def fresh_state(task: Any, init: Any, abstract: State, init_from: str, ewc: str = "", label: str = "") -> State:
     """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `init_from`, then by the task's start.
 
-    `ewc` names a run that the optimizer shall remember (see ewc.py).
+    `ewc` names a run that the optimizer shall remember (see ewc.py); `label` is config.data.label of this run.
     """
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     begun = (state.params, state.extra)
-    params, extra = task.start(*(warm_start(*begun, init_from) if init_from else begun))
+    params, extra = task.start(*(warm_start(*begun, init_from, label) if init_from else begun))
     opt_state = recall(state.opt_state, ewc) if ewc else state.opt_state
     return jax.device_put(state.replace(params=params, extra=extra, opt_state=opt_state), place)
 
 
-def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:
+def warm_start(params: Any, extra: Any, source: str, label: str = "") -> tuple[Any, Any]:
     """(params, extra) with everything that the checkpoint `source` has under the same path and in the same shape.
 
     Heads may differ: they begin anew.  The state beside the parameters comes along, because a head that has learnt the
-    codes of one codebook knows nothing of another's.  Raises UserError where the encoders differ in shape or layers,
-    or share nothing.
+    codes of one codebook knows nothing of another's; but not what it knows of labels other than `label`.  Raises
+    UserError where the encoders differ in shape or layers, or share nothing.
     """
     checkpoint = find_checkpoint(source)
     saved = read_weights(checkpoint)
     ours = _named(params)
-    theirs = _like(_named(saved[0]), ours)
+    theirs = restacked(_named(saved[0]), ours)
     encoder = [k for k in ours if k.startswith("encoder/")]
     if not any(k in theirs for k in encoder):
         raise UserError(f"config.init_from={source!r} shares no parameter of the encoder with this model")
@@ -63,25 +65,12 @@ def warm_start(params: Any, extra: Any, source: str) -> tuple[Any, Any]:
         "%d of %d parameter arrays come from %s; new: %s",
         len(ours) - len(new), len(ours), checkpoint, ", ".join(new[:6]) + (", ..." if len(new) > 6 else "") or "none",
     )  # fmt: skip
-    return _over(params, theirs), _over(extra, _like(_named(saved[1]), _named(extra)))
-
-
-def _like(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """`theirs` with layers stacked, or one by one, as `ours` has them."""
-    stacked, single = re.compile(r"^(.*transformer/)layers/"), re.compile(r"^(.*transformer/)layer(\d+)/")
-    if any(map(stacked.match, theirs)) and any(map(single.match, ours)):
-        found = {k: stacked.match(k) for k in theirs}
-        split = {
-            k.replace("/layers/", f"/layer{i}/"): v[i] for k, v in theirs.items() if found[k] for i in range(len(v))
-        }
-        return {k: v for k, v in theirs.items() if not found[k]} | split
-    if any(map(single.match, theirs)) and any(map(stacked.match, ours)):
-        together: dict[str, list[Any]] = {}
-        for k in sorted(filter(single.match, theirs), key=lambda k: int(single.match(k)[2])):  # type: ignore[index]
-            together.setdefault(single.sub(r"\1layers/", k), []).append(theirs[k])
-        rest = {k: v for k, v in theirs.items() if not single.match(k)}
-        return rest | {k: np.stack(v) for k, v in together.items()}
-    return theirs
+    state = saved[1]
+    if any(name in extra for name in _ABOUT_LABELS):
+        before: Any = read_config(checkpoint.parent.parent)
+        if before.data.get("label", "") != label:
+            state = {name: tree for name, tree in state.items() if name not in _ABOUT_LABELS}
+    return _over(params, theirs), _over(extra, restacked(_named(state), _named(extra)))
 
 
 def _named(tree: Any) -> dict[str, Any]:

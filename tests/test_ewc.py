@@ -70,6 +70,21 @@ def test_two_memories_added_are_two_penalties(tmp_path):
     assert ewc.add(one, other_head).precision["head/bias"].shape == (5,)
 
 
+def test_layers_that_were_stacked_are_remembered_one_by_one(tmp_path):
+    both = np.arange(6, dtype=np.float32).reshape(2, 3) + 1
+    stacked = {"encoder/transformer/layers/up": both}
+    ewc.save(tmp_path, ewc.Memory(stacked, stacked), {})
+    params = {"encoder": {"transformer": {f"layer{i}": {"up": jnp.zeros(3)} for i in range(2)}}}
+    held = ewc.recall(ewc.consolidate(1.0).init(params), str(tmp_path))
+    layers = held.precision["encoder"]["transformer"]
+    np.testing.assert_array_equal(
+        [layers[f"layer{i}"]["up"] for i in range(2)], stacked["encoder/transformer/layers/up"]
+    )
+    single = ewc.Memory(*[{f"encoder/transformer/layer{i}/up": np.ones(3, np.float32) for i in range(2)}] * 2)
+    total = ewc.add(single, ewc.load(tmp_path))
+    np.testing.assert_array_equal(total.precision["encoder/transformer/layer1/up"], [5, 6, 7])
+
+
 def test_training_ends_between_the_tasks_where_the_penalty_says(tmp_path):
     """Of a / 2 (x - b)^2 + weight / 2 F (x - c)^2 the minimum is (a b + weight F c) / (a + weight F)."""
     F, c = np.array([4.0, 0.0], np.float32), np.array([1.0, 1.0], np.float32)

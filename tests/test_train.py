@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 
 import jax
@@ -260,6 +261,8 @@ def test_early_stopping_and_best_checkpoint(tmp_path):
 
 
 def test_best_metric_that_is_not_evaluated_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"best_metric='answers/accuracy': config\.evals has .*valid"):
+        smoke_config("train.best_metric=answers/accuracy")
     config = smoke_config("train.best_metric=valid/wer", "train.eval_every=2")
     with pytest.raises(UserError, match=r"valid/wer.*valid/contrastive"):
         train(config, Noise(), tmp_path)
@@ -269,6 +272,13 @@ def test_best_metric_of_an_evaluator_that_is_not_always_due(tmp_path):
     config = smoke_config("train.steps=4", "train.eval_every=1", "evals.valid.every=2")
     assert train(config, Noise(), tmp_path) == DONE
     assert [e["step"] for e in read_metrics(tmp_path) if e["split"] == "valid"] == [2, 4]
+
+
+def test_no_number_is_no_best_and_others_still_are():
+    best = Best(Schedule(1, 0, 1, 1, 1, 1, "a", "max", 3, 1))
+    values = [math.nan, 0.5, math.nan, 0.7]
+    assert [best.update(i, {"a": v}) for i, v in enumerate(values)] == [False, True, False, True]
+    assert (best.value, best.step, best.worse) == (0.7, 3, 0)
 
 
 def test_best_minimum_and_patience():

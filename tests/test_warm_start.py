@@ -1,6 +1,7 @@
 """Continued pretraining: what is taken over, what begins anew, and every mistake."""
 
 import functools
+import json
 import logging
 import re
 
@@ -11,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from speechjax.checkpoint import Checkpoints
+from speechjax.config import load, to_json
 from speechjax.errors import UserError
 from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State, init_state
@@ -154,6 +156,21 @@ def test_stacked_layers_and_layers_one_by_one_are_the_same(tmp_path, stacked_the
     params, _ = warm_start(mine, {}, str(tmp_path))
     wanted = {"encoder": {"transformer": ours, "front": there["encoder"]["front"]}}
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+def test_what_a_head_knows_of_other_labels_stays_behind(tmp_path):
+    """Ages are no opinion scores, though both are numbers."""
+    state = make_state(1).replace(extra={"scale": {"mean": np.float32(3.2)}, "teacher": {"w": np.ones(3, np.float32)}})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(1, state, {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    config = load("configs/finetune/regress.py:size=tiny", ["data.label=number:mos"])
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    fresh = jax.tree.map(np.zeros_like, state.extra)
+    for label, mean in (("number:mos", np.float32(3.2)), ("number:age", 0)):
+        _, extra = warm_start(state.params, fresh, str(tmp_path), label)
+        assert extra["scale"]["mean"] == mean
+        assert extra["teacher"]["w"].tolist() == [1, 1, 1]
 
 
 def test_adapters_are_not_left_behind(tmp_path):

@@ -321,9 +321,17 @@ def open_data(
         )  # fmt: skip
     else:
         train_plan = Plan(lengths, planned, seed, part, heard.tolist())
-    transcripts = read_transcripts(records, planned, text, text_steps, workdir, text_field) if text else None
+    judged = planned
+    if text and len(kept) and min(crop, records.lengths[kept].max()) > planned[-1].samples:
+        # A longer utterance than all of training is still heard whole: otherwise its last words count as not said.
+        longest = plan_shapes(
+            records.lengths[kept], crop=crop, shapes=1, quantum=hop, offset=extra, batch_samples=batch,
+            row_multiple=row_multiple,
+        )  # fmt: skip
+        judged = [*planned, *longest]
+    transcripts = read_transcripts(records, judged, text, text_steps, workdir, text_field) if text else None
     data = Data(
-        records, train, kept, train_plan, Plan(records.lengths[kept], planned, seed), transcripts, max_bad_share,
+        records, train, kept, train_plan, Plan(records.lengths[kept], judged, seed), transcripts, max_bad_share,
         read_units(records, units, workdir) if units else None,
         read_labels(records, label, workdir) if label else None,
     )  # fmt: skip

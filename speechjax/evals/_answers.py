@@ -109,6 +109,25 @@ def collect(
     return examples[order], {name: np.concatenate([part[name] for part in parts])[order] for name in keep}
 
 
+def recognised(job: Job, decode: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
+    """(example, its `Hypotheses`) of held-out utterances, as `decode(global batch)` has them, replicated.
+
+    Those that could not be read, or are longer than a row, are left out and counted in the log: of what nobody heard no
+    word can be right.
+    """
+    seen = jax.jit(lambda batch: batch["lengths"], out_shardings=sharding.replicated(job.mesh))
+    unread = cut = 0
+    for examples, (found, lengths) in answers(job, lambda batch: (decode(batch), seen(batch))):
+        whole = lengths == job.data.records.lengths[examples]
+        unread, cut = unread + int(np.sum(lengths == 0)), cut + int(np.sum((lengths > 0) & ~whole))
+        for row in np.flatnonzero(whole).tolist():
+            yield int(examples[row]), jax.tree.map(lambda x, row=row: x[row], found)
+    if unread:
+        log.warning("%d held-out examples could not be read: they are not judged", unread)
+    if cut:
+        log.warning("%d held-out utterances are longer than a row and not judged: raise config.data.crop_seconds", cut)
+
+
 # ---- tables
 
 

@@ -18,7 +18,8 @@ _SHOWN = 5  # utterances on the console
 
 
 class Recognition:
-    """{error rate: value} over every held-out example that has a transcript; options beyond these are `Decoding`'s.
+    """{error rate: value} over every held-out example that has a transcript and fits into a row; options beyond these
+    are `Decoding`'s.
 
     Texts with words give `word_error` and `char_error`, phones `phone_error`, each with `_low` and `_high`, the limits
     of 95 % by bootstrap over utterances.  `group` names a label of the recordings, meta:FIELD or id:REGEX: error by
@@ -33,6 +34,8 @@ class Recognition:
         self.job, self.every, self.group = job, every, group
         if job.data.transcripts is None:
             raise UserError("recognition needs transcripts: set config.data.text")
+        if group:
+            _groups.labels(job.data.records, _answers.held_out(job).tolist(), group)
         self.tokenizer = job.data.transcripts.tokenizer
         decoding = Decoding(
             search=search, beams=beams, symbols=symbols, best=best, lm=lm, lm_weight=lm_weight, token_bonus=token_bonus,
@@ -44,14 +47,14 @@ class Recognition:
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         rows, variables = [], {"params": params, **extra}
         transcripts = self.job.data.transcripts
-        for examples, found in _answers.answers(self.job, lambda batch: self._decode(variables, batch)):
-            for i, tokens, lengths, scores in zip(examples, found.tokens, found.lengths, found.scores, strict=True):
-                reference = transcripts.ids[transcripts.bounds[i] : transcripts.bounds[i + 1]].tolist()
-                if reference:
-                    best = [tokens[n, : lengths[n]].tolist() for n in range(len(lengths)) if np.isfinite(scores[n])]
-                    rows.append((int(i), reference, best or [[]], scores.tolist()))
+        for i, found in _answers.recognised(self.job, lambda batch: self._decode(variables, batch)):
+            reference = transcripts.ids[transcripts.bounds[i] : transcripts.bounds[i + 1]].tolist()
+            if reference:
+                nbest = zip(found.tokens, found.lengths, found.scores, strict=True)
+                best = [tokens[:length].tolist() for tokens, length, score in nbest if np.isfinite(score)]
+                rows.append((i, reference, best or [[]], found.scores.tolist()))
         if not rows:
-            raise UserError(f"{name}: no held-out recording has a transcript; is the test set empty?")
+            raise UserError(f"{name}: no held-out recording with a transcript was heard whole; is the test set empty?")
         metrics, judged = {}, {}
         for kind, split in self._units().items():
             pairs = [(split(reference), split(best[0])) for _, reference, best, _ in rows]

@@ -43,13 +43,13 @@ class Translation:
         variables, rows = {"params": params, **extra}, []
         records, bounds = self.job.data.records, self.job.data.transcripts.bounds
         field = self.job.config.data.text_field
-        for examples, found in _answers.answers(self.job, lambda batch: self._decode(variables, batch)):
-            for i, best in zip(examples.tolist(), texts(self.tokenizer, found), strict=True):
-                if bounds[i + 1] > bounds[i]:
-                    reference = normalize(str(records.meta(i)[field]), self.tokenizer.steps)
-                    rows.append((records.id(i), reference, best[0][0] if best else ""))
+        for i, found in _answers.recognised(self.job, lambda batch: self._decode(variables, batch)):
+            if bounds[i + 1] > bounds[i]:
+                reference = normalize(str(records.meta(i)[field]), self.tokenizer.steps)
+                [best] = texts(self.tokenizer, jax.tree.map(lambda x: x[None], found))
+                rows.append((records.id(i), reference, best[0][0] if best else ""))
         if not rows:
-            raise UserError(f"{name}: no held-out recording has a text; is the test set empty?")
+            raise UserError(f"{name}: no held-out recording with a text was heard whole; is the test set empty?")
         _, references, hypotheses = (list(column) for column in zip(*rows, strict=True))
         scorers = {
             "bleu": translation.bleu(hypotheses, references, tokenize=self.tokenize),

@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from speechjax.errors import UserError
 from speechjax.evals.classification import Classification
 from speechjax.evals.robustness import Robustness
+from speechjax.evaluate import choose
 from tests.data.memory import memory_records
 
 TASK = dict(name="classify", label="label", loss="softmax", classes=2)
@@ -46,6 +48,14 @@ def test_noise_costs_accuracy_and_more_noise_more(job, tmp_path):
     assert (tmp_path / "report/robust_9.png").exists()
     assert "white 0 dB" in (tmp_path / "report/robust.json").read_text()
     assert not (tmp_path / "report/robust_classes.json").exists()  # of the evaluator itself there is no report
+
+
+def test_the_evaluator_of_the_run_keeps_its_options_on_the_command_line():
+    words = dict(name="recognition", every=3, search="beam", beams=64)
+    config = ConfigDict(dict(evals=dict(words=words)))
+    assert choose(config, "robustness", ["evals.robustness.of=words"]) == ["robustness"]
+    assert config.evals.words.to_dict() == words
+    assert config.evals.robustness.of == "words"
 
 
 def test_another_metric_and_babble(job):
