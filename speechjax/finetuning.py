@@ -13,8 +13,8 @@ SPOKEN = "nfkc lowercase no_punctuation single_spaces"  # config.data.text_steps
 
 # One adapter of each kind, under 3 % of the parameters of Base, and changes that do the same for tiny.
 ADAPTERS: dict[str, Block] = {
-    "lora": dict(kind="lora", name="task", targets=r"(attention/(query|key|value|out)|mlp\d*_(up|down))$", rank=8,
-                 alpha=16.0, dropout=0.0),
+    "lora": dict(kind="lora", name="task", dropout=0.0, rank=8, alpha=16.0,
+                 targets=r"((^|/)projection|attention/(query|key|value|out)|mlp\d*_(up|down))$"),
     "houlsby": dict(kind="houlsby", name="task", width=64, activation="gelu"),
     "parallel": dict(kind="parallel", name="task", width=64, scale=4.0),
     "prefix": dict(kind="prefix", name="task", length=16),

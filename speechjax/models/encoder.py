@@ -170,13 +170,16 @@ class SpeechEncoder(nn.Module):
 
         Where `channel_mask` [B, D] is true a channel is zero in all frames of the row, masked ones too.
         """
+        with adapted(self.adapters, train=train):
+            return self._contextualize(features, lengths, mask, channel_mask, train, hidden)
+
+    def _contextualize(self, features, lengths, mask, channel_mask, train, hidden):
         x = self.input_drop(self.projection(features), deterministic=not train)
         if mask is not None:
             x = jnp.where(mask[..., None], self.mask_embedding.astype(x.dtype)[None, None], x)
         if channel_mask is not None:
             x = jnp.where(channel_mask[:, None], jnp.zeros((), x.dtype), x)
-        with adapted(self.adapters, train=train):
-            frames, states = self.transformer(x, lengths, train=train, hidden=hidden)
+        frames, states = self.transformer(x, lengths, train=train, hidden=hidden)
         return Encoded(frames, lengths, states)
 
     def __call__(self, batch: dict[str, jax.Array], *, train: bool = False, hidden: bool | str = False) -> Encoded:

@@ -296,7 +296,7 @@ def test_mistakes_are_named(block, message):
 
 
 def test_targets_that_fit_nothing_are_named(small):
-    there = r"there are transformer/layer\*/attention/query, .*mlp_down"
+    there = r"there are projection, transformer/layer\*/attention/query, .*mlp_down"
     for targets in ("atention", "attention$"):
         with pytest.raises(UserError, match=rf"lora 'x' finds no dense layer named {re.escape(targets)}; {there}"):
             shapes_of(small(dict(kind="lora", name="x", targets=targets)))
