@@ -47,8 +47,11 @@ def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
         raise BadAudio("sample rate out of range")
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
-        if not np.isfinite(block).all():
+        peak = max(np.max(block), -np.min(block))
+        if not np.isfinite(peak):
             raise BadAudio("NaN or infinite samples")
+        if peak > decode.LOUDEST:
+            raise BadAudio("samples far beyond full scale")
         mono = block.mean(axis=1, dtype=np.float32)
         yield np.frombuffer(decode.quantize(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)), np.int16)
     if rate != SAMPLE_RATE:

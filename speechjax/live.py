@@ -1,14 +1,13 @@
 """Speech as it comes: words as soon as they are settled, how late they are, and the pipe they come through."""
 
 import logging
-import queue
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedIOBase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,9 @@ log = logging.getLogger("speechjax")
 _ROOM = 512  # tokens of a search; without a pause for so long it begins anew, with scorers that remember nothing
 _REVISED = 1.5  # seconds after which a token of the best hypothesis is settled, and those without it are given up
 _BLOCK = 1 << 13  # bytes read of a pipe at a time, at most
-_AHEAD = 512  # blocks read ahead, two minutes at 16 kHz: then the pipe waits
+_AHEAD = 300.0  # seconds read ahead: then the pipe waits
+_LATEST = 120.0  # seconds of audio after which no word comes any more
+_HEADERS = {b"RIFF": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b"ID3": "MP3"}
 
 
 class _Windowed:
@@ -154,9 +155,9 @@ class Listener:
         self._state = self._begin(self._model.steering)._replace(**after)
 
     def _transcribe(self, window: Window) -> list[Word]:
-        tokens, timed = self._model.decode([piece(self, window)])[0]
-        self.timing = self.timing if timed else "spread"
-        return self._model.spelling.words(tokens, self.seconds)
+        found = self._model.decode([piece(self, window)])[0]
+        self.timing = self.timing if found.timed else "spread"
+        return self._model.spelling.words(found.tokens, self.seconds)
 
     def _read(self, logits: np.ndarray, last: bool) -> list[Word]:
         """Words that are settled after these frames, float32 [n, V], `most` of the source or fewer."""
@@ -210,7 +211,8 @@ class _Best(NamedTuple):
 
 def _look(state: Any, old: int) -> _Best:
     """Tokens from before the frame `old` are no longer revised."""
-    state = jax.tree.map(np.asarray, state)
+    # Not the scorers' states: that of a language model is large, and stays where it is.
+    state = jax.tree.map(np.asarray, state if isinstance(state, ctc.GreedyState) else state._replace(scorers=()))
     if isinstance(state, ctc.GreedyState):
         count = int(state.lengths[0])
         return _Best(state.tokens[0, :count], state.times[0, :count], count, count, {}, {"last": state.last})
@@ -247,31 +249,64 @@ def _look(state: Any, old: int) -> _Best:
 
 
 class Pipe:
-    """Blocks of a stream, read by a thread so that none waits, and when each came."""
+    """Blocks of a stream of 16 bit mono, read by a thread so that none waits, and when each came.
 
-    def __init__(self, stream: BufferedIOBase):
-        self._stream = stream
-        self._blocks: queue.Queue[tuple[bytes, float]] = queue.Queue(_AHEAD)
+    Some minutes at `rate` Hz are read ahead, however small the blocks are.
+    """
+
+    def __init__(self, stream: BufferedIOBase, rate: int = SAMPLE_RATE):
+        self._stream, self._room = stream, round(2 * rate * _AHEAD)  # bytes
+        self._blocks: deque[tuple[bytes, float]] = deque()
+        self._changed = threading.Condition()
         self.stopped = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        data = self._stream.read1(_BLOCK)
+        while 0 < len(data) < 4 and (more := self._stream.read1(_BLOCK)):
+            data += more  # `begin` wants a header's mark whole
         while True:
-            data = self._stream.read1(_BLOCK)
-            self._blocks.put((data, time.monotonic()))
+            when = time.monotonic()
+            with self._changed:
+                # Not woken when stopped, since a signal's handler had better take no lock.
+                while self._room < len(data) and not self.stopped:
+                    self._changed.wait(0.1)
+                if self.stopped:
+                    return
+                self._room -= len(data)
+                self._blocks.append((data, when))
+                self._changed.notify()
             if not data:
                 return
+            data = self._stream.read1(_BLOCK)
+
+    def _next(self, take: bool) -> tuple[bytes, float] | None:
+        """The next block, empty at the end, which stays unless taken; None once `stopped` and nothing is left."""
+        with self._changed:
+            while not self._blocks:
+                if self.stopped:
+                    return None
+                self._changed.wait(0.1)
+            if not take:
+                return self._blocks[0]
+            self._room += len(self._blocks[0][0])
+            self._changed.notify()
+            return self._blocks.popleft()
+
+    def begin(self) -> None:
+        """Waits for the first block.  Raises UserError for that of a file that is no raw audio."""
+        head = (self._next(take=False) or (b"", 0.0))[0]
+        for mark, name in _HEADERS.items():
+            if head.startswith(mark):
+                raise UserError(
+                    f"- reads raw 16 bit mono, and this pipe has a file with a header ({name}): name the file instead, "
+                    f"or pipe `ffmpeg -i FILE -f s16le -ac 1 -ar {SAMPLE_RATE} -`"
+                )
 
     def __iter__(self) -> Iterator[tuple[bytes, float]]:
-        """Until the end, or until `stopped`."""
-        while not self.stopped:
-            try:
-                data, when = self._blocks.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if not data:
-                return
-            yield data, when
+        """Until the end; once `stopped`, what had been read till then."""
+        while (block := self._next(take=True)) and block[0]:
+            yield block
 
 
 class Delays:
@@ -284,6 +319,8 @@ class Delays:
 
     def heard(self, seconds: float, when: float) -> None:
         self._read.append((seconds, when))
+        while self._read[0][0] < seconds - _LATEST:  # nobody speaks
+            self._read.popleft()
 
     def given(self, end: float, seconds: float, when: float) -> None:
         """A word that was said by `end`, after `seconds` of audio."""
@@ -301,11 +338,13 @@ class Delays:
 
 
 def listen(
-    listener: Listener, pipe: Iterable[tuple[bytes, float]], rate: int, joint: str, line: Callable[[Word], str] | None
-) -> Transcript:
+    listener: Listener, pipe: Iterable[tuple[bytes, float]], rate: int, joint: str,
+    line: Callable[[Word], str] | None, out: TextIO | None = None,
+) -> Transcript:  # fmt: skip
     """What comes through a pipe until it ends, as blocks of 16 bit mono at `rate` Hz and when they came.
 
-    Words are printed at once: one a line by `line`, or without that as text, a line for what is between two pauses.
+    Words are printed at once: one a line by `line`, or without that as text, a line for what is between two pauses; to
+    `out`, or to standard output.
     """
     delays, said, busy, rest = Delays(), [], 0.0, b""
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="int16", quality="HQ")
@@ -314,7 +353,7 @@ def listen(
         for word in words:
             delays.given(word.end, listener.seconds, time.monotonic())
             between = "\n" if said and word.start - said[-1].end > PAUSE else joint
-            print(line(word) if line else f"{between if said else ''}{word.text}", end="", flush=True)
+            print(line(word) if line else f"{between if said else ''}{word.text}", end="", file=out, flush=True)
             said.append(word)
 
     for data, when in pipe:
@@ -334,7 +373,7 @@ def listen(
     tell(listener.finish())
     busy += time.monotonic() - begin
     if said and not line:
-        print(flush=True)
+        print(file=out, flush=True)
     if rest:
         log.warning("the pipe ended in the middle of a sample")
     seconds = listener.seconds

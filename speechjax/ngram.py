@@ -56,6 +56,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.order < 1:
         parser.error(f"--order={args.order}: at least 1")
+    if args.out.is_dir():
+        parser.error(f"--out={args.out} is a folder: name a file in it, lm.arpa.gz say")
     if not 0 <= args.held_out < 1:
         parser.error(f"--held-out={args.held_out}: from 0 to below 1")
     if args.vocab and args.normalize:
@@ -113,7 +115,7 @@ def _lines(path: str) -> Iterator[str]:
         with sys.stdin.buffer if path == "-" else opened(path, "rb") as file:
             for line in file:
                 number += 1
-                yield line.decode("utf-8").rstrip("\r\n")
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

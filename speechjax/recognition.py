@@ -3,6 +3,7 @@
 Shapes: B batch, T frames, N hypotheses, U tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,12 @@ class Decoding:
 
     A beam extends a hypothesis by the `symbols` likeliest tokens of a frame.  It may be steered: by a language model
     `lm`, an ARPA file of n-grams (over tokens; over words with a `lexicon`) or the workdir of a language_model run, at
-    `lm_weight`; by `token_bonus` and `word_bonus` for every token and word; by `lexicon`, a file of the only words
-    there are; by `hot_words`, a file with a phrase a line, at `hot_word_bonus` for each token of one.  The search of a
-    seq2seq task that has learnt CTC too listens to it with `ctc_weight` (Watanabe et al. 2017, section III).
+    `lm_weight` (0: not at all); by `token_bonus` and `word_bonus` for every token and word; by `lexicon`, a file of the
+    only words there are, whatever `lm_weight` is; by `hot_words`, a file with a phrase a line, at
+    `hot_word_bonus` for each token of one.  The search of a seq2seq task that has learnt CTC too listens to it with
+    `ctc_weight` (Watanabe et al. 2017, section III).
+
+    Raises UserError for numbers that mean nothing, and for a greedy search that should be steered.
     """
 
     search: str = "greedy"
@@ -53,6 +57,18 @@ class Decoding:
     def __post_init__(self):
         if self.search not in ("greedy", "beam"):
             raise UserError(f"search={self.search!r}: choose greedy or beam")
+        for name in ("beams", "symbols", "best"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: at least 1")
+        for name in ("lm_weight", "token_bonus", "word_bonus", "hot_word_bonus", "ctc_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)}: not a number")
+        if self.lm_weight < 0:
+            raise UserError(f"lm_weight={self.lm_weight}: at least 0, which leaves the model out")
+        if not 0 <= self.ctc_weight <= 1:
+            raise UserError(f"ctc_weight={self.ctc_weight}: from 0 to 1")
+        if self.search == "beam" and self.best > self.beams:
+            raise UserError(f"best={self.best} hypotheses of beams={self.beams}: lower the first")
         steered = [name for name in ("lm", "lexicon", "hot_words") if getattr(self, name)]
         if self.search == "greedy" and steered:
             raise UserError(f"{steered[0]} steers a beam: set search=beam")
@@ -70,8 +86,7 @@ class Recognizer:
         kind = type(task).__name__.lower()
         if kind not in _SEARCHES:
             raise UserError(f"the task {kind} gives no transcripts; those that do: {', '.join(_SEARCHES)}")
-        # Without weight a lexicon would still forbid: minus infinity times nothing is not a number.
-        steering = [(scorer, weight) for scorer, weight in scorers(tokenizer, decoding) if weight]
+        steering = scorers(tokenizer, decoding)
         self._scorers, weights = tuple(s for s, _ in steering), tuple(w for _, w in steering)
 
         def decode(variables, scorers, batch):
@@ -88,27 +103,36 @@ class Recognizer:
 
 
 def scorers(tokenizer: Tokenizer, decoding: Decoding) -> Steering:
-    """What steers a beam.  Raises UserError for files that cannot be read, or are of another vocabulary."""
+    """What steers a beam; no weight is 0, at which what forbids would weigh minus infinity times nothing.
+
+    Raises UserError for files that cannot be read, or are of another vocabulary.
+    """
     tokens, found = tokenizer.tokens, []
-    boundary = tokens.index(" ") if " " in tokens else -1
-    neural = decoding.lm and Path(decoding.lm.partition("@")[0]).expanduser().is_dir()
-    model = read_arpa(decoding.lm) if decoding.lm and not neural else None
+    space = "<0x20>" if tokenizer.kind == "bytes" else " "
+    boundary = tokens.index(space) if space in tokens else -1
+    lm = decoding.lm if decoding.lm_weight else ""
+    neural = lm and Path(lm.partition("@")[0]).expanduser().is_dir()
+    model = read_arpa(lm) if lm and not neural else None
     if decoding.lexicon:
         if boundary < 0:
             raise UserError("lexicon: this vocabulary has no space between words; config.data.text=characters has")
         lexicon = read_lexicon(decoding.lexicon, tokens)
-        found.append((LexiconScorer.build(lexicon, model, tokens=len(tokens), boundary=boundary), decoding.lm_weight))
+        scorer = LexiconScorer.build(lexicon, model, tokens=len(tokens), boundary=boundary)
+        found.append((scorer, decoding.lm_weight if model else 1.0))
     elif model:
         found.append((NgramScorer.build(model, tokens), decoding.lm_weight))
     if neural:
-        found.append((_neural(tokenizer, decoding.lm), decoding.lm_weight))
+        found.append((_neural(tokenizer, lm), decoding.lm_weight))
     if decoding.hot_words:
         try:
-            phrases = Path(decoding.hot_words).expanduser().read_text("utf-8").splitlines()
+            lines = Path(decoding.hot_words).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"hot_words={decoding.hot_words}: {error}; a text file with a phrase a line") from None
-        ids = [tokenizer.encode(phrase) for phrase in phrases if phrase.strip()]
-        words = HotWords.build(ids, bonus=decoding.hot_word_bonus, tokens=len(tokens), boundary=boundary)
+        phrases = [line.strip() for line in lines if line.strip()]
+        words = HotWords.build(
+            [tokenizer.encode(phrase) for phrase in phrases], bonus=decoding.hot_word_bonus, tokens=len(tokens),
+            boundary=boundary, names=phrases,
+        )  # fmt: skip
         found.append((words, 1.0))
     if decoding.token_bonus or decoding.word_bonus:
         found.append((Bonus(len(tokens), decoding.token_bonus, decoding.word_bonus, boundary), 1.0))

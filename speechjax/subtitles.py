@@ -4,6 +4,7 @@ All times are seconds from the beginning of the recording.
 """
 
 import json
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,20 @@ class Word(NamedTuple):
     confidence: float | None
 
 
+class Part(NamedTuple):
+    """What a search heard at once, from second to second: (text, posterior among them) of its best hypotheses."""
+
+    start: float
+    end: float
+    hypotheses: list[tuple[str, float]]
+
+
 class Transcript(NamedTuple):
     """Of one recording of so many `seconds`.
 
     `joint` stands between words: nothing for characters of a script that writes none.  `timing` is "frames", or
     "spread" where a model does not know its tokens' times and they are spread evenly over the piece they were heard in.
+    `parts` are there where several hypotheses were asked for.
     """
 
     file: str
@@ -47,6 +57,7 @@ class Transcript(NamedTuple):
     words: list[Word]
     joint: str
     timing: str
+    parts: Sequence[Part] = ()
 
     @property
     def text(self) -> str:
@@ -129,6 +140,16 @@ class Spelling:
         return found
 
 
+def shown(path: Path) -> str:
+    """A file's name as text, which a name that is not UTF-8 cannot be: � stands for what is not."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def ctm_name(file: str) -> str:
+    """What a CTM calls a recording: its name without folder and ending."""
+    return re.sub(r"\s+", "_", Path(file).stem) or "audio"
+
+
 def segments(transcript: Transcript) -> list[list[Word]]:
     """Words between pauses."""
     found: list[list[Word]] = []
@@ -190,15 +211,21 @@ def as_json(transcript: Transcript) -> dict[str, Any]:
              text=transcript.joint.join(w.text for w in part), words=[word(w) for w in part])
         for part in segments(transcript)
     ]  # fmt: skip
-    return dict(file=transcript.file, seconds=round(transcript.seconds, 3), timing=transcript.timing,
-                text=transcript.text, segments=parts)  # fmt: skip
+    found = dict(file=transcript.file, seconds=round(transcript.seconds, 3), timing=transcript.timing,
+                 text=transcript.text, segments=parts)  # fmt: skip
+    if transcript.parts:
+        found["parts"] = [
+            dict(start=round(part.start, 3), end=round(part.end, 3),
+                 hypotheses=[dict(text=text, posterior=round(sure, 4)) for text, sure in part.hypotheses])
+            for part in transcript.parts
+        ]  # fmt: skip
+    return found
 
 
 def ctm_line(file: str, word: Word) -> str:
     """NIST's time-marked conversation: file, channel, start, duration, word and, where known, confidence."""
-    name = re.sub(r"\s+", "_", Path(file).stem) or "audio"
     sure = "" if word.confidence is None else f" {word.confidence:.3f}"
-    return f"{name} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}{sure}\n"
+    return f"{ctm_name(file)} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}{sure}\n"
 
 
 def _txt(transcript: Transcript) -> str:

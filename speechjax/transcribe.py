@@ -19,11 +19,13 @@ srt   subtitles (SubRip): at most 7 s and two lines of 42 characters each
 vtt   subtitles (WebVTT)
 ctm   file, channel, start, duration, word, confidence (NIST)
 
-- reads raw 16 bit little-endian mono from standard input (--rate) and prints words (txt, ctm) once they are settled;
-Ctrl-C, or the end, prints the rest.  The last line says how fast it was, and how late.
+- reads raw 16 bit little-endian mono from standard input (--rate) and prints words (txt, ctm) once they are settled,
+with --out to that file; Ctrl-C, or the end, prints the rest.  The last line says how fast it was, and how late.
 
---decode.NAME=VALUE, as in an evaluation: search (greedy, beam), beams, symbols, lm, lm_weight, token_bonus, word_bonus,
-lexicon, hot_words, hot_word_bonus, ctc_weight.
+--decode.NAME=VALUE, as in an evaluation: search (greedy, beam), beams, symbols, best, lm, lm_weight, token_bonus,
+word_bonus, lexicon, hot_words, hot_word_bonus, ctc_weight.  With best=N the json of a file has "parts" too, [{"start",
+"end", "hypotheses": [{"text", "posterior"}]}]: the N best of every part that was searched by itself, a short recording
+being one, a long one several, parted in pauses.  Posteriors add up to 1 over these N, and know no other rival.
 """
 
 import argparse
@@ -34,8 +36,10 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
@@ -62,8 +66,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     add("--checkpoint", default="", metavar="WHICH", help="best, newest or a step (default: best, or newest where none "
         "was judged yet)")  # fmt: skip
     add("--adapter", action="append", default=[], type=Path, metavar="FILE", help="of speechjax.adapter save, put into "
-        "the weights; may be given often")  # fmt: skip
-    add("--vocabulary", type=Path, metavar="DIR", help="folder with its vocab.json (default: the workdir)")
+        "the weights; a head in it comes with its vocabulary; may be given often")  # fmt: skip
+    add("--vocabulary", type=Path, metavar="DIR", help="folder with its vocab.json (default: the workdir, or the file "
+        "that brings the head)")  # fmt: skip
     add("--format", default="txt", choices=_FORMATS, help="(default: %(default)s)")
     add("--out", type=Path, metavar="DIR|FILE", help="a folder, or for one recording a file that ends in .FORMAT")
     add("--overwrite", action="store_true", help="make results that are there already again")
@@ -75,6 +80,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     add("--delay", type=float, default=2.0, metavar="S", help="of a pipe: a word waits so long for what follows it, at "
         "most (default: %(default)g)")  # fmt: skip
     args, overrides = split_overrides(parser, argv, ("--decode.",))
+    if "" in args.inputs:
+        parser.error("an empty name among the recordings; an unset variable?")
+    for override in overrides:
+        if "=" not in override:
+            parser.error(f"--{override}: say --{override}=VALUE")
     args.window = args.window or (_LIVE_WINDOW if "-" in args.inputs else _WINDOW)
     if args.checkpoint not in ("", "best", "newest") and not args.checkpoint.isdecimal():
         parser.error(f"--checkpoint={args.checkpoint}: best, newest, or the number of a step")
@@ -104,11 +114,13 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _all_files(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from speechjax.subtitles import shown
+
     jobs, failed = find(args.inputs)
     outputs = name_outputs(args, jobs)
     todo = [path for path, _ in jobs if args.overwrite or not (outputs and outputs[path].exists())]
     for path, reason in failed.items():
-        log.error("%s: %s", path, reason)
+        log.error("%s: %s", shown(path), reason)
     if skipped := len(jobs) - len(todo):
         log.info("%d of %d are there already; --overwrite makes them again", skipped, len(jobs))
     if todo:
@@ -139,15 +151,18 @@ def find(inputs: Sequence[str]) -> tuple[list[tuple[Path, Path]], dict[Path, str
 
 def name_outputs(args: argparse.Namespace, jobs: Sequence[tuple[Path, Path]]) -> dict[Path, Path]:
     """Where the result of every file goes; {} for standard output.  Raises UserError for names that cannot be."""
+    from speechjax.subtitles import ctm_name
+
     if args.out is None:
+        same = Counter(ctm_name(str(name)) for _, name in jobs).most_common(1)
+        if args.format == "ctm" and same and same[0][1] > 1:
+            raise UserError(f"a CTM of several recordings that are all called {same[0][0]}: name a folder with --out")
         if args.format in ("srt", "vtt") and len(jobs) > 1:
             raise UserError(f"subtitles of {len(jobs)} files need files of their own: name a folder with --out")
         return {}
-    if args.out.suffix == f".{args.format}" and not args.out.is_dir():
+    if _is_one_file(args):
         if len(jobs) > 1:
             raise UserError(f"--out={args.out} is one file for {len(jobs)} recordings: name a folder")
-        if not args.out.absolute().parent.is_dir():
-            raise UserError(f"--out={args.out}: no such folder: {args.out.absolute().parent}")
         return {path: args.out for path, _ in jobs}
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out={args.out} is a file; name a folder, or a file that ends in .{args.format}")
@@ -163,6 +178,18 @@ def name_outputs(args: argparse.Namespace, jobs: Sequence[tuple[Path, Path]]) ->
     return {path: args.out / name for path, name in names.items()}
 
 
+def _is_one_file(args: argparse.Namespace) -> bool:
+    """Whether --out is a file, and no folder.  Raises UserError for one of another format, and one in no folder."""
+    ending = args.out.suffix.removeprefix(".")
+    if ending not in _FORMATS or args.out.is_dir():
+        return False
+    if ending != args.format:
+        raise UserError(f"--out={args.out} would be {args.format}: add --format={ending}")
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out={args.out}: no such folder: {args.out.absolute().parent}")
+    return True
+
+
 def _files(
     args: argparse.Namespace, overrides: Sequence[str], todo: Sequence[Path], outputs: dict[Path, Path], alone: bool
 ) -> dict[Path, str]:
@@ -171,7 +198,7 @@ def _files(
 
     from speechjax.labelling.progress import Bar
     from speechjax.logs import replace_file
-    from speechjax.subtitles import FORMATS, Transcript, as_json
+    from speechjax.subtitles import FORMATS, Transcript, as_json, shown
 
     known = [_seconds(path) for path in todo]
     # What is short needs no long windows, and what is little no full batch.
@@ -186,17 +213,17 @@ def _files(
         for path, result in model(todo, bar.advance):
             if not isinstance(result, Transcript):
                 failed[path] = result
-                log.error("%s: %s", path, result)
+                log.error("%s: %s", shown(path), result)
                 continue
             if not result.words:
-                log.warning("%s: no words in %.1f s", path, result.seconds)
+                log.warning("%s: no words in %.1f s", result.file, result.seconds)
             if outputs:
                 outputs[path].parent.mkdir(parents=True, exist_ok=True)
                 replace_file(outputs[path], FORMATS[args.format](result).encode())
             elif args.format == "json" and not alone:
                 print(json.dumps(as_json(result), ensure_ascii=False), flush=True)
             elif args.format == "txt" and not alone:
-                print(f"{path}\t{result.text}", flush=True)
+                print(f"{result.file}\t{result.text}", flush=True)
             else:
                 print(FORMATS[args.format](result), end="", flush=True)
     return failed
@@ -208,6 +235,8 @@ def _seconds(path: Path) -> float:
 
     from speechjax.data.decode import for_soundfile
 
+    if not path.is_file():  # a named pipe would wait for a writer
+        return 0.0
     try:
         info = soundfile.info(for_soundfile(str(path)))
     except (RuntimeError, OSError):  # transcribing it will say what is wrong
@@ -233,14 +262,17 @@ def open_model(args: argparse.Namespace, overrides: Sequence[str]) -> Any:
     for override in overrides:
         configs.override(block, override)
     decoding = Decoding(**block.decode)
+    if decoding.best > 1 and (args.format != "json" or args.inputs == ["-"]):
+        raise UserError(f"decode.best={decoding.best}: only --format=json of files has room for so many hypotheses")
     keep_compiled()
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     which = f"{args.workdir}@{args.checkpoint}" if args.checkpoint else args.workdir
     found = runs.open_run(which, sharding.replicated(mesh))
     task, variables = found.task, found.variables
     if args.adapter:
-        task, variables = _adapted(args.adapter, found, sharding.replicated(mesh))
-    tokenizer = load_tokenizer(args.vocabulary or found.workdir)
+        task, variables, tokenizer = _adapted(args, found, sharding.replicated(mesh))
+    else:
+        tokenizer = load_tokenizer(args.vocabulary or found.workdir)
     if (classes := getattr(task, "classes", tokenizer.size)) != tokenizer.size:
         raise UserError(f"{args.workdir} was trained with {classes} tokens, and its vocabulary has {tokenizer.size}: "
                         "name the right one with --vocabulary")  # fmt: skip
@@ -252,32 +284,46 @@ def open_model(args: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return model
 
 
-def _adapted(paths: Sequence[Path], found: Any, place: Any) -> tuple[Any, dict[str, Any]]:
-    """(task, variables) of a run with the adapters of files, and with the head that one of these brings."""
+def _adapted(args: argparse.Namespace, found: Any, place: Any) -> tuple[Any, dict[str, Any], Any]:
+    """(task, variables, tokenizer) of a run with the adapters of files, and with the head that one of these brings."""
     import jax
 
     from speechjax import config as configs
-    from speechjax.adapter_files import attach, load_adapter
+    from speechjax.adapter_files import attach, attach_state, attach_vocabulary, load_adapter, write_vocabulary
+    from speechjax.data.text import load_tokenizer
 
-    files = [load_adapter(path) for path in paths]
+    files = [load_adapter(path) for path in args.adapter]
     config: Any = configs.ConfigDict(found.config.to_dict())
-    params = attach(jax.tree.map(jax.device_get, found.variables["params"]), files)
-    extra = {name: tree for name, tree in found.variables.items() if name != "params"}
-    blocks = [*config.model.to_dict().get("adapters", ()), *(block for file in files for block in file.adapters)]
-    config.model.adapters = tuple(blocks)
+    own = config.model.to_dict().get("adapters", ())
+    variables = jax.tree.map(jax.device_get, found.variables)
+    params = attach(variables.pop("params"), files, own)
+    extra = attach_state(variables, files)
+    config.model.adapters = (*own, *(block for file in files for block in file.adapters))
     for file in files:
         if file.head == "whole":
             config.task = configs.ConfigDict(file.about["task"])
-            extra = {name: {"encoder": tree["encoder"]} for name, tree in extra.items() if "encoder" in tree}
-    return configs.make_task(config), {"params": jax.device_put(params, place), **extra}
+    folder = args.vocabulary or found.workdir
+    vocabulary = attach_vocabulary(folder, files, args.vocabulary)
+    if "vocab.json" not in vocabulary:  # of an older version, or of a run without
+        log.warning("no adapter holds a vocabulary: that of %s is taken", folder)
+        tokenizer = load_tokenizer(folder)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_vocabulary(Path(folder), vocabulary)
+            tokenizer = load_tokenizer(folder)
+    return configs.make_task(config), jax.device_put({"params": params, **extra}, place), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------- pipes
 
 
 def _listen(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if args.out and (args.out.is_dir() or args.out.suffix != f".{args.format}"):
+    if args.out and not _is_one_file(args):
         raise UserError(f"--out={args.out}: of a pipe a file that ends in .{args.format}")
+    if args.out and args.out.exists() and not args.overwrite:
+        raise UserError(f"--out={args.out} is there already; --overwrite makes it again")
+    if sys.stdin is None:
+        raise UserError("- reads audio from a pipe, and standard input is closed: put a recorder before it")
     if sys.stdin.isatty():
         raise UserError("- reads audio from a pipe, and standard input is a terminal: put a recorder before it")
     import jax
@@ -286,8 +332,8 @@ def _listen(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from speechjax.logs import replace_file
     from speechjax.subtitles import FORMATS, ctm_line
 
-    pipe = Pipe(cast(BufferedIOBase, sys.stdin.buffer))  # at once, since a recorder does not wait
-    args.rows = 1
+    pipe = Pipe(cast(BufferedIOBase, sys.stdin.buffer), args.rate)  # at once, since a recorder does not wait
+    args.rows, args.overlap = 1, 0.0  # --delay says how windows of a pipe overlap
     model = open_model(args, overrides)
 
     def stop(*_: Any) -> None:
@@ -297,22 +343,28 @@ def _listen(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     with jax.set_mesh(model.mesh):
         listener = Listener(model, args.delay)
         signal.signal(signal.SIGINT, stop)
-        at_once = not args.out and args.format in _AT_ONCE
-        line = None if at_once and args.format == "txt" else (lambda word: ctm_line("stdin", word) if at_once else "")
-        found = listen(listener, pipe, args.rate, model.spelling.joint, line)
-    text = FORMATS[args.format](found)
+        pipe.begin()
+        at_once = args.format in _AT_ONCE
+        line = None if args.format == "txt" else (lambda word: ctm_line("stdin", word) if at_once else "")
+        with open(args.out, "w", encoding="utf-8") if args.out and at_once else nullcontext() as out:
+            found = listen(listener, pipe, args.rate, model.spelling.joint, line, out)
+    if at_once:
+        return 0
     if args.out:
-        replace_file(args.out, text.encode())
-    elif not at_once:
-        print(text, end="", flush=True)
+        replace_file(args.out, FORMATS[args.format](found).encode())
+    else:
+        print(FORMATS[args.format](found), end="", flush=True)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Transcribes and leaves with an exit code."""
+    pipe = "-" in (sys.argv[1:] if argv is None else argv)
     leave(
         lambda: run(argv),
-        interrupted="with --out, the same command goes on where this one stopped",
+        interrupted="a pipe cannot be gone on with; what was printed, or is in --out as txt or ctm, stays"
+        if pipe
+        else "with --out, the same command goes on where this one stopped",
         full_disk="free some and give the same command again",
     )
 

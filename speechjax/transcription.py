@@ -24,10 +24,11 @@ from speechjax.cutting import Level, Pieces, Window, Windows, pcm_blocks
 from speechjax.data.decode import SAMPLE_RATE, BadAudio
 from speechjax.data.text import Tokenizer
 from speechjax.decode import ctc
+from speechjax.decode.confidence import hypothesis_confidence
 from speechjax.decode.types import Hypotheses
 from speechjax.errors import UserError
-from speechjax.recognition import Decoding, Recognizer, ctc_beam, scorers
-from speechjax.subtitles import Spelling, Token, Transcript
+from speechjax.recognition import Decoding, Recognizer, ctc_beam, scorers, texts
+from speechjax.subtitles import Part, Spelling, Token, Transcript, shown
 
 Item = TypeVar("Item")
 
@@ -68,6 +69,7 @@ class _Job:
     stream: list[np.ndarray] = field(default_factory=list)
     parted: int = 0
     spread: bool = False
+    parts: list[Part] = field(default_factory=list)
     error: str = ""
 
 
@@ -79,6 +81,14 @@ class _Part(NamedTuple):
     start: int
     frames: int
     last: bool
+
+
+class _Found(NamedTuple):
+    """Of a part: its tokens, whether their times are known, and its hypotheses where several were asked for."""
+
+    tokens: list[Token]
+    timed: bool
+    hypotheses: list[tuple[str, float]]
 
 
 class Transcriber:
@@ -113,7 +123,7 @@ class Transcriber:
         if not self.streams:
             self._recognize = Recognizer(task, tokenizer, decoding, place)
             return
-        steering = [(scorer, weight) for scorer, weight in scorers(tokenizer, decoding) if weight]
+        steering = scorers(tokenizer, decoding)
         self.steering, self._weights = tuple(s for s, _ in steering), tuple(weight for _, weight in steering)
         answer = lambda variables, batch: task.apply(variables, batch, method="answer")["logits"]  # noqa: E731
         self._encode = jax.jit(answer, out_shardings=place)
@@ -136,8 +146,11 @@ class Transcriber:
     ) -> Iterator[tuple[Path, Transcript | str]]:
         """(path, transcript, or why there is none), in order; `progress` gets the seconds of each block read."""
         for group in _batched(self._parts(paths, progress), self.rows):
-            for part, (tokens, timed) in zip(group, self.decode(group), strict=True):
+            for part, (tokens, timed, hypotheses) in zip(group, self.decode(group), strict=True):
                 job = part.job
+                if hypotheses and part.frames:
+                    end = self.spelling.time(part.start + part.frames)
+                    job.parts.append(Part(self.spelling.time(part.start), end, hypotheses))
                 job.spread = job.spread or not timed
                 if self.joins and job.tokens:
                     job.tokens[-1] += tokens
@@ -149,7 +162,8 @@ class Transcriber:
     def _finished(self, job: _Job) -> Transcript:
         seconds = job.level.samples / SAMPLE_RATE
         words = [word for tokens in job.tokens for word in self.spelling.words(tokens, seconds)]
-        return Transcript(str(job.path), seconds, words, self.spelling.joint, "spread" if job.spread else "frames")
+        timing = "spread" if job.spread else "frames"
+        return Transcript(shown(job.path), seconds, words, self.spelling.joint, timing, job.parts)
 
     def _parts(self, paths: Iterable[Path], progress: Callable[[float], None]) -> Iterator[_Part]:
         """What is to be searched, in order."""
@@ -216,8 +230,8 @@ class Transcriber:
             batch["mean"][row], batch["std"][row] = level.mean, level.std
         return sharding.global_batch(self.mesh, batch)
 
-    def decode(self, group: Sequence[_Part]) -> list[tuple[list[Token], bool]]:
-        """Of every part its tokens, and whether their times are known."""
+    def decode(self, group: Sequence[_Part]) -> list[_Found]:
+        """What was said in every part."""
         if self.streams:
             batch = dict(logits=np.zeros((self.rows, self.frames, self.tokenizer.size), np.float32),
                          lengths=np.zeros(self.rows, np.int32))  # fmt: skip
@@ -229,7 +243,16 @@ class Transcriber:
         else:
             found = self._recognize(self.variables, self._batch([(part.job.level, part.heard) for part in group]))
         found = jax.tree.map(np.asarray, found)
-        return [self._tokens(part, found, row) for row, part in enumerate(group)]
+        several = [[]] * len(group) if self.decoding.best == 1 else self._several(found)
+        return [_Found(*self._tokens(part, found, row), several[row]) for row, part in enumerate(group)]
+
+    def _several(self, found: Hypotheses) -> list[list[tuple[str, float]]]:
+        """Of every row the texts of its hypotheses, and their posteriors among them."""
+        posteriors = np.asarray(hypothesis_confidence(found))
+        return [
+            [(text.strip(), float(sure)) for (text, _), sure in zip(said, row, strict=False)]
+            for said, row in zip(texts(self.tokenizer, found), posteriors, strict=True)
+        ]
 
     def _tokens(self, part: _Part, found: Hypotheses, row: int) -> tuple[list[Token], bool]:
         count = int(found.lengths[row, 0])

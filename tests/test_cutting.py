@@ -76,6 +76,15 @@ def test_blocks_are_what_decoding_at_once_gives(tmp_path, rate, channels, kind):
     assert (level.mean, level.std) == pytest.approx((exact.mean(), exact.std()), rel=1e-9)
 
 
+def test_samples_never_scaled_are_refused_as_in_training(tmp_path):
+    audio = 3000 * np.random.default_rng(0).normal(size=RATE)
+    soundfile.write(tmp_path / "a.wav", audio, RATE, subtype="FLOAT")
+    with pytest.raises(BadAudio, match="samples far beyond full scale"):
+        list(pcm_blocks(tmp_path / "a.wav"))
+    soundfile.write(tmp_path / "a.wav", audio / 3000, RATE, subtype="FLOAT")  # a little beyond is allowed
+    assert sum(map(len, pcm_blocks(tmp_path / "a.wav"))) == RATE
+
+
 def test_silence_can_be_transcribed_and_damage_cannot(tmp_path):
     silent = write(tmp_path / "silent.wav", np.zeros(5000, np.int16))
     assert sum(map(len, pcm_blocks(silent))) == 5000

@@ -2,7 +2,10 @@
 
 import io
 import logging
+import queue
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 
 from speechjax import config as configs
 from speechjax import sharding
-from speechjax.live import Listener, Pipe, listen
+from speechjax.decode import ctc
+from speechjax.errors import UserError
+from speechjax.live import Delays, Listener, Pipe, _look, listen
 from speechjax.recognition import Decoding
 from speechjax.transcription import Transcriber, pause
 from tests.speaking import RATE, TOKENIZER, make_model, make_state, sound, text_of, tiny_config, transcripts, write
@@ -105,6 +110,21 @@ def test_an_encoder_that_can_stream_does(tmp_path, caplog, layers):
     assert [word.start for word in words] == [word.start for word in whole.words]
 
 
+def test_what_comes_through_a_pipe_is_written_as_it_comes(tmp_path):
+    """Word by word, so that a kill loses the last one at most."""
+    path, seen = tmp_path / "a.txt", []
+
+    def blocks():
+        for block, when in Blocks(np.concatenate([sound("a bad cab"), np.zeros(RATE, np.int16), sound("fed")])):
+            seen.append(path.read_text())
+            yield block, when
+
+    with open(path, "w") as out:
+        listen(Listener(make_model(), 0.4), blocks(), RATE, " ", None, out)
+    assert path.read_text() == "a bad cab\nfed\n"
+    assert {"a", "a bad", "a bad cab"} <= set(seen)
+
+
 def test_what_comes_through_a_pipe_is_printed_as_it_comes(capsys, caplog):
     model = make_model()
     with caplog.at_level(logging.INFO, "speechjax"):
@@ -128,7 +148,73 @@ def test_what_comes_through_a_pipe_is_printed_as_it_comes(capsys, caplog):
 def test_a_pipe_is_read_ahead_until_it_ends_or_is_stopped():
     data = bytes(range(256)) * 100
     assert b"".join(block for block, _ in Pipe(io.BufferedReader(io.BytesIO(data)))) == data
-    pipe = Pipe(io.BufferedReader(io.BytesIO(data)))
-    assert next(iter(pipe))
+    assert list(Pipe(io.BufferedReader(io.BytesIO()))) == []
+
+
+class Stream:
+    """Gives what is put into it, a piece at a time, and stays open until that is nothing."""
+
+    def __init__(self, *pieces: bytes):
+        self.pieces: queue.Queue[bytes] = queue.Queue()
+        for piece in pieces:
+            self.pieces.put(piece)
+
+    def read1(self, size: int) -> bytes:
+        return self.pieces.get()
+
+
+def piped(*pieces: bytes, rate: int = RATE) -> Any:
+    return Pipe(Stream(*pieces), rate)  # type: ignore[arg-type]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_was_read_before_a_pipe_is_stopped_is_still_heard():
+    pipe = piped(b"four", b"more")
+    until(lambda: len(pipe._blocks) == 2)
     pipe.stopped = True
-    assert list(pipe) == []
+    assert b"".join(block for block, _ in pipe) == b"fourmore"
+
+
+def test_a_pipe_reads_ahead_so_many_bytes_however_small_its_blocks(monkeypatch):
+    monkeypatch.setattr("speechjax.live._AHEAD", 0.5)
+    pieces = [bytes(20)] * 300
+    pipe = piped(*pieces, b"", rate=4_000)  # of which half a second is 4000 bytes
+    until(lambda: pipe._room < 20)
+    time.sleep(0.2)
+    assert sum(len(block) for block, _ in pipe._blocks) == 4_000
+    assert [block for block, _ in pipe] == pieces, "and the rest comes later"
+
+
+@pytest.mark.parametrize("head", [b"RIFF", b"fLaC", b"OggS", b"FORM", b"ID3\3"])
+def test_a_file_with_a_header_is_no_raw_audio(head):
+    with pytest.raises(UserError, match=r"raw 16 bit mono, and this pipe has a file with a header.*-f s16le"):
+        piped(head[:1], head[1:] + bytes(50)).begin()
+    pipe = piped(b"\0" + head, b"")
+    pipe.begin()
+    assert b"".join(block for block, _ in pipe) == b"\0" + head, "what was looked at is still heard"
+
+
+def test_silence_costs_no_memory():
+    delays = Delays()
+    for second in range(1, 1000):
+        delays.heard(second, 1000.0 + second)
+    assert len(delays._read) < 200
+    delays.given(995.5, 999.0, 2001.0)
+    assert (delays.audio, delays.wall) == ([3.5], [5.0])
+
+
+def test_what_a_scorer_remembers_stays_on_its_device():
+    class Remembers:
+        def __array__(self, *_, **__):
+            raise AssertionError("copied to the host")
+
+    state = ctc.PrefixBeam(beams=3, tokens=4, symbols=2, best=1).init(1)
+    assert _look(state._replace(scorers=(Remembers(),)), 0) is not None
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.asarray, state._replace(scorers=(Remembers(),)))

@@ -75,6 +75,34 @@ def test_files_steer_the_beam(files):
     assert recognise(unclear, search="beam", lm=files.lm, lm_weight=3.0) != recognise(unclear, search="beam")
 
 
+def test_a_lexicon_rules_whatever_the_weight_of_the_model(files):
+    def weights(**options: Any) -> list[Any]:
+        found = recognition.scorers(CHARACTERS, Decoding(search="beam", **options))
+        return [(type(scorer), weight, getattr(scorer, "model", None) is not None) for scorer, weight in found[1:]]
+
+    for weight in (0.0, 0.5):
+        assert weights(lexicon=files.lexicon, lm_weight=weight) == [(LexiconScorer, 1.0, False)]
+    assert weights(lexicon=files.lexicon, lm=files.lm, lm_weight=0.0) == [(LexiconScorer, 1.0, False)]
+    assert weights(lexicon=files.lexicon, lm=files.lm, lm_weight=0.5) == [(LexiconScorer, 0.5, True)]
+    assert weights(lm=files.lm, lm_weight=0.0) == []
+    assert recognise(said("tnt"), search="beam", lexicon=files.lexicon, lm_weight=0.0)[0] != "tnt"
+    assert recognise(said("tnt"), search="beam")[0] == "tnt", "negative control"
+
+
+def test_speech_cut_off_within_a_word_is_not_lost(files):
+    assert recognise(said("an ta"), search="beam", lexicon=files.lexicon, symbols=1, beams=1) == ["an ta"]
+
+
+def test_files_with_a_mark_of_the_byte_order_and_hot_words_that_cannot_be_said(tmp_path, files):
+    path = tmp_path / "marked.txt"
+    path.write_bytes("\ufeffnat\n".encode())
+    kinds = [type(s) for s, _ in recognition.scorers(CHARACTERS, Decoding(search="beam", hot_words=str(path)))]
+    assert kinds == [Known, HotWords]
+    path.write_text("nat\nZoë\n")
+    with pytest.raises(UserError, match="hot word 'Zoë' has symbols that the vocabulary lacks"):
+        recognition.scorers(CHARACTERS, Decoding(search="beam", hot_words=str(path)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -84,6 +112,13 @@ def test_files_steer_the_beam(files):
         (dict(search="beam", lm="/nowhere.arpa"), "nowhere.arpa"),
         (dict(search="beam", hot_words="/nowhere"), "a text file with a phrase a line"),
         (dict(search="beam", lexicon="/nowhere"), "which lexicon"),
+        (dict(search="beam", lm_weight=-0.5), "lm_weight=-0.5: at least 0"),
+        (dict(search="beam", word_bonus=float("nan")), "word_bonus=nan: not a number"),
+        (dict(search="beam", beams=0), "beams=0: at least 1"),
+        (dict(search="beam", symbols=-1), "symbols=-1: at least 1"),
+        (dict(best=0), "best=0: at least 1"),
+        (dict(search="beam", beams=4, best=5), "best=5 hypotheses of beams=4"),
+        (dict(ctc_weight=1.5), "ctc_weight=1.5: from 0 to 1"),
     ],
 )
 def test_mistakes_are_named(options, message):
@@ -92,9 +127,12 @@ def test_mistakes_are_named(options, message):
 
 
 def test_a_lexicon_needs_spaces_and_a_damaged_model_says_where(tmp_path, files):
-    phones = make_tokenizer("bytes", [])
+    no_space = make_tokenizer("characters", ["nat"])
     with pytest.raises(UserError, match="no space between words"):
-        recognition.scorers(phones, Decoding(search="beam", lexicon=files.lexicon))
+        recognition.scorers(no_space, Decoding(search="beam", lexicon=files.lexicon))
+    (_, (scorer, _)) = recognition.scorers(make_tokenizer("bytes", []), Decoding(search="beam", lexicon=files.lexicon))
+    assert isinstance(scorer, LexiconScorer)
+    assert scorer.boundary == 4 + 0x20
     broken = tmp_path / "broken.arpa.gz"
     broken.write_bytes(gzip.compress(gzip.decompress(Path(files.lm).read_bytes())[:200]))
     with pytest.raises(UserError, match=r"broken\.arpa\.gz"):

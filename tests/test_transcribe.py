@@ -1,5 +1,6 @@
 """The verb as a person runs it: files, folders, pipes, mistakes."""
 
+import io
 import json
 import logging
 import os
@@ -132,11 +133,13 @@ def test_an_adapter_brings_its_head_to_another_run(talks, tmp_path, capsys):
     assert with_adapter != said(f"--workdir={base}"), "negative control"
 
 
-def test_every_mistake_is_one_clear_line(asr, talks, tmp_path):
+def test_every_mistake_is_one_clear_line(asr, talks, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     make_tokenizer("characters", ["xyz"]).save(other)
-    one = talks / "one.wav"
+    one, there = talks / "one.wav", tmp_path / "there.txt"
+    there.touch()
+    (other / "one.mp3").touch()
     for arguments, words in (
         (("--workdir=/nowhere", one), "no such folder"),
         ((f"--workdir={asr}", "--checkpoint=4", one), "no such checkpoint"),
@@ -150,14 +153,59 @@ def test_every_mistake_is_one_clear_line(asr, talks, tmp_path):
         ((f"--workdir={asr}", f"--adapter={tmp_path / 'a.safetensors'}", one), "no such file"),
         ((f"--workdir={asr}", f"--out={tmp_path}", one, talks / "more" / ".." / "one.wav"), "several recordings"),
         ((f"--workdir={asr}", f"--out={tmp_path}", "-"), "of a pipe a file"),
+        ((f"--workdir={asr}", f"--out={tmp_path / 'no' / 'a.txt'}", "-"), "no such folder"),
+        ((f"--workdir={asr}", f"--out={there}", "-"), "is there already; --overwrite makes it again"),
+        ((f"--workdir={asr}", f"--out={tmp_path / 'a.srt'}", "-"), "add --format=srt"),
+        ((f"--workdir={asr}", f"--out={tmp_path / 'a.srt'}", one), "add --format=srt"),
+        ((f"--workdir={asr}", "--format=ctm", one, other / "one.mp3"), "recordings that are all called one"),
+        ((f"--workdir={asr}", "--decode.search=beam", "--decode.best=2", one), "only --format=json of files has room"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words) as caught:
             run(*arguments)
         assert "\n" not in str(caught.value)
     for wrong in (("-", one), (one, "--rows=0"), (one, "--window=nan"), (one, "--rate=1"), ("-", "--delay=0"),
-                  (one, "--format=doc"), (one, "--checkpoint=last")):  # fmt: skip
+                  (one, "--format=doc"), (one, "--checkpoint=last"), (one, "")):  # fmt: skip
         with pytest.raises(SystemExit):
             run(f"--workdir={asr}", *wrong)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(f"--workdir={asr}", "--decode.search", "beam", one)
+    assert "say --decode.search=VALUE" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        run(f"--workdir={asr}", "-")
+
+
+def test_a_name_that_is_no_text_and_a_pipe_among_the_files(asr, talks, tmp_path, caplog, capsys):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    odd.write_bytes((talks / "one.wav").read_bytes())
+    os.mkfifo(tmp_path / "fifo.wav")
+    assert run(f"--workdir={asr}", "--format=json", odd, tmp_path / "fifo.wav") == 1
+    assert json.loads(capsys.readouterr().out)["file"] == f"{tmp_path}/caf\ufffd.wav"
+    assert "fifo.wav: not a file" in caplog.text
+
+
+def test_a_pipe_goes_to_its_file(asr, talks, tmp_path, monkeypatch):
+    """With windows as short as the overlap of files would be; a file with a header leaves nothing behind."""
+
+    def say(data: bytes, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(data)),
+                                                          isatty=lambda: False))  # type: ignore[arg-type] # fmt: skip
+        return run(f"--workdir={asr}", "--window=4", f"--out={tmp_path / 'a.ctm'}", "--format=ctm", *arguments, "-")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(UserError, match="a file with a header"):
+            say((talks / "one.wav").read_bytes())
+        assert not (tmp_path / "a.ctm").exists()
+        assert say(decode(talks / "one.wav").tobytes()) == 0
+        written = (tmp_path / "a.ctm").read_text()
+        assert all(re.fullmatch(r"stdin 1 [\d. ]+ \S+( [\d.]+)?", line) for line in written.splitlines())
+        assert written
+        assert say(decode(talks / "one.wav").tobytes(), "--overwrite") == 0
+        assert (tmp_path / "a.ctm").read_text() == written
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_names_of_results(tmp_path):

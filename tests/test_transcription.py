@@ -1,5 +1,6 @@
 """Transcripts of long recordings against what was written into them, and what the whole recording gives at once."""
 
+import itertools
 import tracemalloc
 from typing import Any
 
@@ -12,6 +13,7 @@ from speechjax.decode.types import Hypotheses
 from speechjax.errors import UserError
 from speechjax.live import Listener
 from speechjax.recognition import Decoding
+from speechjax.subtitles import as_json
 from speechjax.transcription import Transcriber
 from tests.speaking import (
     CTC,
@@ -107,6 +109,28 @@ def test_confidence_is_the_posterior_of_a_words_tokens(tmp_path):
     weights = np.exp(-0.8 * (LOUDNESS[token] - LOUDNESS) ** 2)
     expected = weights[token] / weights.sum()
     assert transcripts(model, path)[0].words[0].confidence == pytest.approx(expected, rel=1e-5)  # float32
+
+
+def test_of_every_part_the_best_hypotheses_and_their_posteriors(tmp_path):
+    """A short recording is one part, a long one several, which hold all that was said."""
+    model = make_model(decoding=Decoding(search="beam", beams=4, symbols=4, best=3))
+    model.variables = {"sure": jnp.float32(0.1)}
+    said = text_of(20)
+    paths = [write(tmp_path / "short.wav", sound("bad")), write(tmp_path / "long.wav", sound(said))]
+    short, long = transcripts(model, *paths)
+    (part,) = short.parts
+    assert (part.hypotheses[0][0], len(part.hypotheses)) == (short.text, 3)
+    assert len({text for text, _ in part.hypotheses}) == 3
+    posteriors = [sure for _, sure in part.hypotheses]
+    assert sum(posteriors) == pytest.approx(1, abs=1e-6)  # float32
+    assert posteriors == sorted(posteriors, reverse=True)
+    assert 0.01 < posteriors[1] < 0.5
+    assert len(long.parts) > 2
+    assert "".join(part.hypotheses[0][0] for part in long.parts).replace(" ", "") == long.text.replace(" ", "")
+    assert all(before.end == after.start for before, after in itertools.pairwise(long.parts))
+    written = as_json(short)["parts"]
+    assert written[0]["hypotheses"][0] == dict(text=short.text, posterior=round(posteriors[0], 4))
+    assert "parts" not in as_json(transcripts(make_model(), paths[0])[0])
 
 
 def test_a_recording_without_a_frame_is_an_empty_transcript(tmp_path):

@@ -21,7 +21,7 @@ EXTENSIONS = frozenset(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .sn
 
 _BLOCK = 1 << 18  # samples over all channels held at a time
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000
-_LOUDEST = 16.0  # float audio may overshoot full scale a little; beyond this it was never scaled to ±1
+LOUDEST = 16.0  # float audio may overshoot full scale a little; beyond this it was never scaled to ±1
 _UNKNOWN = 0x7FFFF000  # sizes from here up are placeholders that streaming writers leave in headers
 _MP3_FRAME = 1_152
 
@@ -105,7 +105,7 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
         peak = max(np.max(block), -np.min(block))
         if not np.isfinite(peak):
             raise BadAudio("NaN or infinite samples")
-        if peak > _LOUDEST:
+        if peak > LOUDEST:
             raise BadAudio("samples far beyond full scale")
         mono = block.mean(axis=1, dtype=np.float32)
         pcm += quantize(mono if resampler is None else resampler.resample_chunk(mono))

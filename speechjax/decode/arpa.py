@@ -8,6 +8,7 @@ Shapes: V symbols, n_k n-grams of order k.
 """
 
 import array
+import codecs
 import gzip
 import io
 import logging
@@ -142,7 +143,7 @@ class _Reader:
         """The next line that is not blank, without its end."""
         for raw in self._file:
             self._number += 1
-            self._line = raw.strip()
+            self._line = (raw if self._number > 1 else raw.removeprefix(codecs.BOM_UTF8)).strip()
             if self._line:
                 return self._line
         self._fail(f"the file ends {where}; it is truncated")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from speechjax.decode.neural_scorer import EOS
-from speechjax.decode.types import SPECIALS, Hypotheses, Scorer
+from speechjax.decode.types import SPECIALS, Hypotheses, Scorer, or_unfinished
 from speechjax.errors import UserError
 
 Team = Sequence[tuple[Scorer, float]]
@@ -43,7 +43,8 @@ def beam_search(
 
     At every length each unfinished hypothesis is also tried with its end, so ends do not compete for beams.  A row is
     done when no hypothesis of it can be among the `best` any more, provided that no later score is above 0; with
-    bonuses (hot words) that is a heuristic.  `limits` may be the rows' frames: then a row without any is empty.
+    bonuses (hot words) that is a heuristic.  `limits` may be the rows' frames: then a row without any is empty.  A row
+    in which scorers let none end has those that reach its limit, as they are: they may end within a word.
 
     Raises UserError for scorers of different vocabularies.
     """
@@ -54,7 +55,9 @@ def beam_search(
     def grow(search: _Search) -> _Search:
         number, live = search.number, search.live
         ended = live + _total(team, search.states, "final")
-        found = _merge(search, ended / normaliser(number))
+        none = jnp.all(search.ended.scores == -jnp.inf, axis=1)
+        cut = jnp.where((none & (number >= limits))[:, None], live, -jnp.inf)
+        found = _merge(search, or_unfinished(ended, cut) / normaliser(number))
         # Scores fall from here on, and divided by more a negative one rises: by most, at the limit.
         best_live = jnp.max(live, axis=1)
         bound = best_live / jnp.where(best_live < 0, normaliser(limits), normaliser(number + 1))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from speechjax.decode.types import Hypotheses, Scorer
+from speechjax.decode.types import Hypotheses, Scorer, or_unfinished
 from speechjax.errors import UserError
 from speechjax.models.layers import frame_mask
 
@@ -192,11 +192,12 @@ class PrefixBeam:
         return state
 
     def result(self, state: BeamState) -> Hypotheses:
-        """The N best if the utterance ended now."""
-        scores = jnp.logaddexp(*state.total) + state.steer
+        """The N best if the utterance ended now; where scorers let none end, the N best as they are, within a word."""
+        unfinished = jnp.logaddexp(*state.total) + state.steer
+        scores = unfinished
         for (scorer, weight), own in zip(self.scorers, state.scorers, strict=True):
             scores = scores + weight * scorer.final(own)
-        scores, order = lax.top_k(scores, self.best)
+        scores, order = lax.top_k(or_unfinished(scores, unfinished), self.best)
         lengths = jnp.where(scores > NEVER, _pick(state.lengths, order), 0)
         there = jnp.arange(self.tokens, dtype=jnp.int32)[None, None] < lengths[..., None]
         in_token = _pick(state.path.token > state.path.blank, order)

@@ -45,15 +45,18 @@ class HotWords:
         tokens: int,
         boundary: int = -1,
         dense_bytes: int = DENSE_BYTES,
+        names: Sequence[str] = (),
     ) -> Self:
         """Of phrases as ids of a vocabulary of V `tokens`, without specials; those there twice count once.
 
-        Raises UserError for an empty phrase, and one with a special id, such as <unk>, or none of the vocabulary.
+        Raises UserError for an empty phrase, and one with a special id, such as <unk>, or none of the vocabulary; it is
+        named as in `names`, or by its number.
         """
         for number, phrase in enumerate(phrases, 1):
             if not len(phrase) or not all(SPECIALS <= token < tokens for token in phrase):
                 fault = "has symbols that the vocabulary lacks" if len(phrase) else "is empty"
-                raise UserError(f"hot word {number} of {len(phrases)} {fault}; leave it out, or write it differently")
+                which = repr(names[number - 1]) if names else f"{number} of {len(phrases)}"
+                raise UserError(f"hot word {which} {fault}; leave it out, or write it differently")
         edge = () if boundary < 0 else (boundary,)
         arcs, credit = _arcs({(*edge, *phrase, *edge): bonus * len(phrase) for phrase in phrases}, bonus, edge, tokens)
         automaton = make_automaton(arcs, tokens, dense_bytes)

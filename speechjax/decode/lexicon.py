@@ -27,24 +27,27 @@ _NOWHERE, _ROOT = 0, 1
 def read_lexicon(path: str | os.PathLike[str], tokens: Sequence[str]) -> dict[str, list[list[int]]]:
     """{word: its spellings in ids} of a text file, with the strings of all ids of a vocabulary, the specials' first.
 
-    A line is `word<TAB>token token ...` or `word token token ...`; a word alone is spelled with its characters.  A word
-    on several lines has several spellings.  Raises UserError for a file that cannot be read, one without words, and
-    for words with tokens that the vocabulary lacks, which it lists.
+    A line is `word<TAB>token token ...` or `word token token ...`; a word alone is spelled with its characters, of a
+    vocabulary of bytes with those of UTF-8.  A word on several lines has several spellings.
+
+    Raises UserError for a file that cannot be read, one without words, and for words with tokens that the vocabulary
+    lacks, which it lists.
     """
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; which lexicon?") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; save the lexicon in that encoding") from None
     ids = {token: i for i, token in enumerate(tokens) if i >= SPECIALS}
+    spell = _bytes if len(ids) == 256 and "<0x00>" in ids else list
     lexicon: dict[str, list[list[int]]] = {}
     lost: dict[str, str] = {}
     for line in lines:
         word, *spelling = re.split("[ \t]+", line.strip(" \t\r"))
         if not word:
             continue
-        spelling = spelling or list(word)
+        spelling = spelling or spell(word)
         missing = [token for token in spelling if token not in ids]
         if missing:
             lost[word] = missing[0]
@@ -61,6 +64,10 @@ def read_lexicon(path: str | os.PathLike[str], tokens: Sequence[str]) -> dict[st
     if not lexicon:
         raise UserError(f"{path}: no words in it; a lexicon has one a line, with its tokens")
     return lexicon
+
+
+def _bytes(word: str) -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in word.encode()]
 
 
 class LexiconState(NamedTuple):

@@ -56,6 +56,8 @@ class NGram:
     def find(self, k: int, parents: np.ndarray, symbols: np.ndarray) -> np.ndarray:
         """Rows of order k >= 2 of the n-grams (row of order k - 1, symbol); -1 where there is none, or the row is."""
         keys, wanted = self.keys[k - 1], parents.astype(np.int64) * len(self.symbols) + symbols
+        if not len(keys):
+            return np.full(wanted.shape, -1)
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[at] == wanted, at, -1)
 

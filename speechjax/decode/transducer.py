@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from speechjax.decode.types import Hypotheses, Scorer
+from speechjax.decode.types import Hypotheses, Scorer, or_unfinished
 from speechjax.errors import UserError
 from speechjax.models.transducer import BLANK, TransducerNetwork
 
@@ -152,12 +152,16 @@ class Greedy:
 
 
 class Found(NamedTuple):
-    """Hypotheses that have read all frames: `tokens`, `times` int32 [B, N, U], `lengths` [B, N], `scores` [B, N]."""
+    """Hypotheses that have read all frames: `tokens`, `times` int32 [B, N, U], `lengths` [B, N], `scores` [B, N].
+
+    `ended` bool [B, N]: whether the scorers let them end; others are there only as long as a row has none that is.
+    """
 
     tokens: jax.Array
     times: jax.Array
     lengths: jax.Array
     scores: jax.Array
+    ended: jax.Array
 
 
 class Beams(NamedTuple):
@@ -239,16 +243,22 @@ class Beam:
         predictor, texts = _part(self.network, params, "begin", (B, K))
         states = tuple(scorer.start(B, K) for scorer, _ in self.scorers)
         beams = Beams(empty, empty - 1, empty[..., 0], mass, jnp.zeros((B, K)), predictor, texts, states)
-        return beams, Found(none, none - 1, none[..., 0], scores)
+        return beams, Found(none, none - 1, none[..., 0], scores, scores > NEVER)
 
     def _collect(self, found: Found, beams: Beams, times: jax.Array, mass: jax.Array) -> Found:
-        """The N best of what was found before and the beams whose last blank leaves them `mass` [B, K]."""
-        scores = mass + beams.steer
+        """The N best of what was found before and the beams whose last blank leaves them `mass` [B, K].
+
+        A row in which scorers let none end has the best as they are, which may end within a word.
+        """
+        unfinished = mass + beams.steer
+        scores = unfinished
         for (scorer, weight), state in zip(self.scorers, beams.scorers, strict=True):
             scores = scores + weight * scorer.final(state)
-        fresh = Found(beams.tokens, times, beams.lengths, scores)
+        ended = scores > NEVER
+        fresh = Found(beams.tokens, times, beams.lengths, jnp.where(ended, scores, unfinished), ended)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), found, fresh)
-        scores, order = lax.top_k(both.scores, self.best)
+        scores = or_unfinished(jnp.where(both.ended, both.scores, NEVER), both.scores)
+        scores, order = lax.top_k(scores, self.best)
         best = _pick(both, order)
         there = scores > NEVER
         nothing = jax.tree.map(jnp.zeros_like, best)._replace(times=jnp.full_like(best.times, -1))

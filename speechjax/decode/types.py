@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 SPECIALS = 4  # ids below are no tokens of a transcript: <pad>, which is CTC's blank, <s>, </s>, <unk>
 
@@ -19,6 +20,14 @@ class Hypotheses(NamedTuple):
     lengths: jax.Array
     scores: jax.Array
     frames: jax.Array
+
+
+def or_unfinished(finished: jax.Array, unfinished: jax.Array) -> jax.Array:
+    """float32 [B, N]: the scores `finished`, -inf for hypotheses that may not end; in rows of only such, `unfinished`.
+
+    Speech cut off within a word of a lexicon is such a row: its transcript ends there too, rather than being lost.
+    """
+    return jnp.where(jnp.any(finished > -jnp.inf, axis=1, keepdims=True), finished, unfinished)
 
 
 class Scorer(Protocol):

@@ -4,8 +4,8 @@ A block of `config.model.adapters` is {"kind", "name"} and options of its kind, 
 {"kind": "lora", "name": "digits", "targets": "attention/(query|value)$", "rank": 8, "alpha": 16.0, "dropout": 0.0}.
 While the encoder runs, from its projection on, the calls of the modules that a kind has to do with are intercepted, and
 its leaves live in the scope of those modules, `.../attention/query/lora_digits_a` beside `.../attention/query/kernel`.
-So no layer knows of adapters, and parameters with adapters are those without and some leaves more.  Blocks nest in their
-order: the first is next to the module, each of the others sees the module as those before it have made it.
+So no layer knows of adapters, and parameters with adapters are those without and some leaves more.  Blocks nest in
+their order: the first is next to the module, each of the others sees the module as those before it have made it.
 
 Which leaves learn is `trainable_pattern`; to train nothing else of the encoder, config.optim.freeze is
 ((trainable_pattern(adapters), 0, 0), ("^encoder/", 0, -1)).

@@ -63,6 +63,8 @@ def test_what_is_written_is_read(tmp_path, name):
 
 def test_others_files_are_read(tmp_path):
     path = tmp_path / "lm.arpa"
+    path.write_text("\ufeff" + GOOD[GOOD.index("\\data") :])  # the mark of the byte order that Windows writes
+    assert read_arpa(path).order == 3
     path.write_text(GOOD.replace("\n", "\r\n"))
     model = read_arpa(path)
     assert (model.symbols, model.order) == ((*MARKS, "a", "b"), 3)
@@ -83,6 +85,14 @@ def test_an_empty_highest_order_is_left_out(tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_text(GOOD.replace("3=1", "3=0").replace("-0.0625\t<s> a b\n", ""))
     assert read_arpa(path).order == 2
+
+
+def test_an_empty_order_below_another_is_damage(tmp_path):
+    path = tmp_path / "lm.arpa"
+    pairs = GOOD[GOOD.index("-0.5\t<s> a") : GOOD.index("\\3-grams")]
+    path.write_text(GOOD.replace("2=3", "2=0").replace(pairs, ""))
+    with pytest.raises(UserError, match="the first 2 symbols of this 3-gram are no 2-gram"):
+        read_arpa(path)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,11 @@ def test_fewer_sequences_than_asked_for_and_none_at_all():
     found = run(table, jnp.array([2]))
     assert texts(found, 0)[:3] == [(), (4,), (4, 4)]
     assert found.scores[0].tolist() == [-1, -2, -3, -math.inf, -math.inf]
-    nothing = run(table.at[..., EOS].set(-jnp.inf), jnp.array([2]))
+    endless = table.at[..., EOS].set(-jnp.inf)  # as within a word of a lexicon: cut off at the limit
+    cut = run(endless, jnp.array([2]))
+    assert texts(cut, 0)[0] == (4, 4)
+    assert cut.scores[0].tolist() == [-2, *[-math.inf] * 4]
+    nothing = run(endless.at[..., 4].set(-jnp.inf), jnp.array([2]))
     assert np.isneginf(np.asarray(nothing.scores)).all()
     assert not np.asarray(nothing.lengths).any()
     empty = run(table, jnp.array([0]))

@@ -258,6 +258,19 @@ def test_a_token_again_needs_a_blank():
         assert read(found, 0)[0][0] == expected
 
 
+def test_where_no_transcript_may_end_the_best_unfinished_ones_are_given(logits):
+    """As within a word of a lexicon: the first table forbids every end, the second only that of texts ending in 4."""
+    free = Table(jnp.zeros((2, V), jnp.int32).at[:, 4].set(1), jnp.zeros((2, V)), jnp.zeros(2))
+    one = lambda scorer, x: search(4, best=2, scorers=((scorer, 1.0),))(x, LENGTHS)  # noqa: E731
+    run = functools.partial(jax.jit(one), x=logits)
+    jax.tree.map(np.testing.assert_array_equal, run(free._replace(end=jnp.full(2, -jnp.inf))), run(free))
+    some = run(free._replace(end=jnp.array([0, -jnp.inf])))
+    for row in range(len(LENGTHS)):
+        found = read(some, row)
+        assert found
+        assert all(text[-1:] != (4,) for text, _, _ in found), "where one may end, no other does"
+
+
 def test_sizes_that_mean_nothing_are_refused():
     with pytest.raises(UserError, match="at least 1"):
         search(0, best=1)

@@ -91,7 +91,11 @@ def test_no_phrases_weigh_nothing():
     assert not path_weight(build([], SPACE), paths).any()
 
 
-@pytest.mark.parametrize(("phrase", "fault"), [([], "is empty"), ([A, 3], "the vocabulary lacks"), ([8], "lacks")])
+@pytest.mark.parametrize(
+    ("phrase", "fault"), [([], "is empty"), ([A, 3], "has symbols that the vocabulary lacks"), ([8], "has symbols")]
+)
 def test_impossible_phrases(phrase, fault):
     with pytest.raises(UserError, match=f"hot word 2 of 2 .*{fault}"):
         build([[A], phrase])
+    with pytest.raises(UserError, match=f"hot word 'Zoë' {fault}"):
+        HotWords.build([[A], phrase], bonus=1.0, tokens=TOKENS, names=["a", "Zoë"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scorer_paths import all_paths, path_weight
 
+from speechjax.data.text import make_tokenizer
 from speechjax.decode.lexicon import LexiconScorer, read_lexicon
 from speechjax.decode.ngram import NGram, train
 from speechjax.errors import UserError
@@ -113,6 +114,15 @@ def test_a_lexicon_file(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text("cab\tc a b\nab a b\ncab  c b\r\n\nbb\ncab\tc a b\n")
     assert read_lexicon(path, TOKENS) == {"cab": [[C, A, B], [C, B]], "ab": [[A, B]], "bb": [[B, B]]}
+
+
+def test_a_mark_of_the_byte_order_and_a_vocabulary_of_bytes(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_bytes("\ufeffab\ncab\n".encode())
+    assert read_lexicon(path, TOKENS) == {"ab": [[A, B]], "cab": [[C, A, B]]}
+    path.write_text("ü\n")
+    tokens = make_tokenizer("bytes", []).tokens
+    assert read_lexicon(path, tokens) == {"ü": [[tokens.index("<0xC3>"), tokens.index("<0xBC>")]]}
 
 
 def test_words_beyond_the_vocabulary_are_listed(tmp_path):

@@ -104,6 +104,12 @@ def test_transcripts_of_a_source_without_reading_audio(tmp_path):
         model_of(tmp_path, f"--source=manifest:{manifest}?weight=2", *options[1:])
 
 
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path, text):
+    text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    model = model_of(tmp_path, f"--text={text}", "--unit=words", "--order=2", "--held-out=0")
+    assert same(model, train([line.split() for line in TEXTS], 2))
+
+
 def test_what_is_held_out_is_measured_and_not_learned(tmp_path, text, caplog):
     with caplog.at_level("INFO", "speechjax"):
         model = model_of(tmp_path, f"--text={text}", "--unit=words", "--order=2", "--held-out=0.3")
@@ -154,6 +160,12 @@ def test_impossible_arguments(args, capsys):
     with pytest.raises(SystemExit):
         verb.parse_args([*args, "--out=lm.arpa"])
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_model(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        verb.parse_args(["--text=-", "--unit=words", f"--out={tmp_path}"])
+    assert "is a folder: name a file in it" in capsys.readouterr().err
 
 
 def test_as_a_person_runs_it(tmp_path, text):

@@ -247,6 +247,25 @@ def test_a_beam_of_all_is_the_sum_over_all_alignments(predictor, steered):
     assert found.scores[3, 0] == 0
 
 
+def test_where_no_text_may_end_the_best_unfinished_ones_are_given():
+    """As within a word of a lexicon; and where one may, no other is found."""
+    net, params = networks()
+
+    @jax.jit
+    def run(ends):
+        scorer: Any = Table(forbid=False)
+        scorer.table, scorer.ends = np.zeros((V, V), np.float32), ends
+        return Beam(net, beams=8, tokens=U, best=3, scorers=((scorer, 1.0),))(params, beam_frames(), SHORT)
+
+    tables = np.zeros(V), np.full(V, -np.inf), np.where(np.arange(V) == 4, 0, -np.inf)
+    free, never, some = (jax.tree.map(np.asarray, run(ends.astype(np.float32))) for ends in tables)
+    jax.tree.map(np.testing.assert_array_equal, never, free)
+    assert len(said(free, 0)) == 3
+    for row in range(3):
+        assert said(some, row)
+        assert all(text[-1:] == (4,) for text in said(some, row))
+
+
 def best_alignment(net: TransducerNetwork, params: Any, x: np.ndarray, text: tuple[int, ...]) -> float:
     """Log-probability of the likeliest one, by trying all."""
     words = [log_softmax(np.array([logits_at(net, params, list(text[:u]))(f)[:V] for f in x]))
