@@ -56,7 +56,7 @@ def base(size: str) -> dict:
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
         train=presets.train(20_000),
         evals=finetuning.evals(
-            who=finetuning.answers("verification", head="who") | dict(speaker="", trials=""),
+            who=finetuning.answers("verification", head="who") | dict(speaker="", trials="", group=""),
             what=finetuning.answers("classification", head="what") | dict(group=""),
         ),
     )

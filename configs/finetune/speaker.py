@@ -56,7 +56,7 @@ def base(size: str) -> dict:
         | dict(row_multiple=8, min_seconds=1.0, label="meta:speaker"),
         optim=finetuning.optim(1e-4, 20_000, clip_norm=1.0),
         train=presets.train(20_000, best_metric="valid/accuracy", best_mode="max"),
-        evals=finetuning.evals(answers=finetuning.answers("verification") | dict(speaker="", trials="")),
+        evals=finetuning.evals(answers=finetuning.answers("verification") | dict(speaker="", trials="", group="")),
     )
 
 

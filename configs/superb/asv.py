@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
             batch_seconds=400.0, min_seconds=2.0,
         ),
         rate=1e-4, steps=200_000, every=10_000, clip=1000.0, decay=0.01,
-        judge=dict(name="verification", head="", speaker="", trials=""), best="eer", mode="min",
+        judge=dict(name="verification", head="", speaker="", trials="", group=""), best="eer", mode="min",
         small=dict(
             task=dict(embedding=128, tdnn=64, tdnn_top=128, projection=64),
             data=dict(crop_seconds=2.0, shapes=1, min_seconds=0.5),

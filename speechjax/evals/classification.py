@@ -14,6 +14,8 @@ from speechjax.scoring import bootstrap, calibration, classes, report
 from speechjax.train import Job
 
 _PICTURED = 60  # classes up to which a confusion matrix can be read
+_RANKED = 300_000_000  # scores in all resamples: about a second
+_NONE = bootstrap.Interval(float("nan"), float("nan"), float("nan"))
 
 
 class Classification:
@@ -23,18 +25,19 @@ class Classification:
     recall), `ece` (expected calibration error), `temperature`, by which logits are best divided, and `ece_scaled`, the
     error once they are; for it each half of the recordings is scaled with the temperature of the other, so that none is
     fit on what it is judged by.  Tags: `map` (mean average precision) and F1 of decisions at 0.5, `f1_macro` and
-    `f1_micro`.  `accuracy` and `f1_micro` have limits of 95 % by bootstrap over recordings, `_low` and `_high`.
+    `f1_micro`.  All but chance and temperature have limits of 95 % by bootstrap over recordings, `_low` and `_high`;
+    those of `ece` are for the temperatures found, and too high where the error is small (scoring.calibration).
 
     `head` names a head of `several`, or more with commas between: then `accuracy` is that all of them are right, as
     SUPERB counts intents, and `accuracy_<head>` that of each.  `group`, meta:FIELD or id:REGEX: that score by group of
     recordings, with the worst and the gap.
 
     Raises UserError where no held-out recording has a label, all have the same class, or a label is unknown to the
-    model.
+    model, and for a `group` that fits none.
     """
 
     def __init__(self, job: Job, *, every: int, head: str = "", group: str = ""):
-        self.job, self.every, self.group = job, every, group
+        self.job, self.every = job, every
         names = [name.strip() for name in head.split(",")]
         self.heads = {name: _answers.find_head(job, "classification", name, ["classify"]) for name in names}
         self.labels = {name: _answers.find_label(job, found) for name, found in self.heads.items()}
@@ -44,12 +47,13 @@ class Classification:
         held_out = _answers.held_out(job)
         for name, label in self.labels.items():
             _check(label, held_out, several_needed=name not in self.tags)
+        self._groups = _groups.read(job.data.records, held_out[self._known(held_out)], group)
         self._compute = _answers.answerer(job)
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         keys = [f"{head.prefix}scores" for head in self.heads.values()]
         examples, found = _answers.collect(self.job, self._compute, {"params": params, **extra}, keys)
-        known = np.all([label.codes[examples] >= 0 for label in self.labels.values()], axis=0)
+        known = self._known(examples)
         examples, scores = examples[known], [found[key][known] for key in keys]
         if not len(examples):
             raise UserError(f"{name}: no held-out recording that could be read has a label")
@@ -62,31 +66,48 @@ class Classification:
             metrics, by_group = self._class_scores(label, examples, scores[0], blocks, step, name)
         else:
             metrics, by_group = self._joint_scores(examples, scores, blocks)
-        if self.group:
-            groups = _groups.labels(self.job.data.records, examples.tolist(), self.group)
+        if self._groups:
+            groups = [self._groups[example] for example in examples.tolist()]
             metric = "f1_micro" if self.tags else "accuracy"
-            metrics |= _groups.show(self.job, step, metric, *by_group, groups, higher_is_better=True)
+            metrics |= _groups.show(self.job, step, metric, *by_group, groups, blocks=blocks, higher_is_better=True)
         _answers.show(self.job, step, name, metrics)
         return metrics
+
+    def _known(self, examples: np.ndarray) -> np.ndarray:
+        """Which of them have all labels."""
+        return np.all([label.codes[examples] >= 0 for label in self.labels.values()], axis=0)
 
     # ---- one class
 
     def _class_scores(
         self, label: Any, examples: np.ndarray, scores: np.ndarray, blocks: np.ndarray, step: int, name: str
     ) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
-        truth = label.codes[examples]
-        counts = classes.confusion_matrix(truth, scores.argmax(axis=1), scores.shape[1])
-        right = (scores.argmax(axis=1) == truth).astype(np.float64)
+        truth, said = label.codes[examples], scores.argmax(axis=1)
+        counts = classes.confusion_matrix(truth, said, scores.shape[1])
+        right = (said == truth).astype(np.float64)
         confidence = _softmax(scores).max(axis=1)
         table = calibration.reliability(confidence, right > 0)
-        half = self.job.data.records.keys[examples] % np.uint64(2) > 0
+        scaled = _scaled_confidence(scores, truth, self.job.data.records.keys[examples] % np.uint64(2) > 0)
+        every = len(counts)
+        sparse = (
+            classes.indicators(truth, every, right), classes.indicators(truth, every), classes.indicators(said, every)
+        )  # fmt: skip
+
+        def resampled(weights: np.ndarray) -> dict[str, np.ndarray]:
+            found = classes.averages(*sparse, weights)._asdict()
+            for key, own in (("ece", confidence), ("ece_scaled", scaled)):
+                if own is not None:
+                    found[key] = calibration.calibration_errors(own, right, weights)
+            return found
+
+        found = bootstrap.intervals_of(resampled, len(truth), blocks=blocks)
         metrics = {
             **_answers.limited("accuracy", bootstrap.interval(right, np.ones_like(right), blocks=blocks)),
             "chance_accuracy": float(counts.sum(axis=1).max() / counts.sum()),
-            "macro_f1": classes.macro_f1(counts),
-            "uar": classes.unweighted_average_recall(counts),
-            "ece": calibration.expected_calibration_error(table),
-            "ece_scaled": _ece_scaled(scores, truth, half),
+            **_answers.limited("macro_f1", found["macro_f1"]),
+            **_answers.limited("uar", found["uar"]),
+            **_answers.limited("ece", found["ece"]),
+            **_answers.limited("ece_scaled", found.get("ece_scaled", _NONE)),
             "temperature": calibration.fit_temperature(scores, truth),
         }
         self._draw_classes(counts, table, label.names, step, name)
@@ -123,8 +144,9 @@ class Classification:
         metrics = {
             **_answers.limited("accuracy", bootstrap.interval(right, ones, blocks=blocks)),
             "chance_accuracy": float(frequent / len(examples)),
-            **{f"accuracy_{name}": float(own.mean()) for name, own in zip(self.heads, each.T, strict=True)},
         }
+        for name, own in zip(self.heads, each.T, strict=True):
+            metrics |= _answers.limited(f"accuracy_{name}", bootstrap.interval(own, ones, blocks=blocks))
         return metrics, (right, ones)
 
     # ---- tags
@@ -132,15 +154,22 @@ class Classification:
     def _tag_scores(
         self, truth: np.ndarray, scores: np.ndarray, blocks: np.ndarray, step: int, name: str
     ) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
-        said = scores > 0
+        said = scores >= 0
         either = truth.astype(np.int64) + said
         top, bottom = (np.asarray(x.sum(axis=1), np.float64) for x in (2 * (truth & said), either))
         micro = bootstrap.interval(top, bottom, blocks=blocks)
+        precision = bootstrap.intervals_of(
+            lambda weights: {"map": classes.mean_average_precisions(truth, scores, weights)}, len(truth),
+            blocks=blocks, resamples=int(np.clip(_RANKED // scores.size, 200, bootstrap.RESAMPLES)),
+        )["map"]  # fmt: skip
+        macro = bootstrap.intervals_of(
+            lambda weights: {"f1": classes.macro_f1_of_tags(truth, said, weights)}, len(truth), blocks=blocks
+        )["f1"]
         metrics = {
-            "map": classes.mean_average_precision(truth, scores),
+            **_answers.limited("map", precision._replace(value=classes.mean_average_precision(truth, scores))),
             # Of a class that scores can only choose at random, the precision is its share, whatever the recall.
             "chance_map": float(truth.mean(axis=0)[truth.any(axis=0)].mean()),
-            "f1_macro": classes.multi_label_f1(truth, scores, 0.0).macro,
+            **_answers.limited("f1_macro", macro),
             **_answers.limited("f1_micro", micro),
         }
         self._list_tags(truth, scores, step, name)
@@ -189,12 +218,11 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
     return softmax(scores.astype(np.float64), axis=1)
 
 
-def _ece_scaled(scores: np.ndarray, truth: np.ndarray, half: np.ndarray) -> float:
-    """Calibration error where each half is scaled by the temperature of the other; NaN without two halves."""
+def _scaled_confidence(scores: np.ndarray, truth: np.ndarray, half: np.ndarray) -> np.ndarray | None:
+    """Confidence where each half is scaled by the temperature of the other; None without two halves."""
     if half.all() or not half.any():
-        return float("nan")
+        return None
     confidence = np.zeros(len(truth))
     for own in (half, ~half):
         confidence[own] = _softmax(scores[own] / calibration.fit_temperature(scores[~own], truth[~own])).max(axis=1)
-    table = calibration.reliability(np.minimum(confidence, 1.0), scores.argmax(axis=1) == truth)
-    return calibration.expected_calibration_error(table)
+    return np.minimum(confidence, 1.0)

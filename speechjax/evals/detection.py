@@ -37,13 +37,18 @@ class Detection:
     (speechjax.scoring.detection).  Metrics: for each of `per_hour` false alarms `false_rejects_<per hour>`, a share of
     the events, `hours` of audio and the number of `events`.  `head` names a head of `several`.
 
-    Raises UserError where there is no such keyword, no event, and for events that are none.
+    The shares have limits of 95 % by bootstrap over recordings, of fewer than 20 over minutes of them, `_low` and
+    `_high`.  `group`, meta:FIELD or id:REGEX: each of them by group of recordings, at the threshold of all, as a device
+    has one, with the worst and the gap.
+
+    Raises UserError where there is no such keyword, no event, for events that are none, and for a `group` that fits no
+    recording with an event, or where there is one recording.
     """
 
     def __init__(
         self, job: Job, *, every: int, source: str = "", keyword: str = "", events: str = "", head: str = "",
         window: float = 1.0, hop: float = 0.1, smooth: float = 0.3, tolerance: float = 0.5, refractory: float = 1.0,
-        per_hour: tuple[float, ...] = (0.1, 0.5, 1.0),
+        per_hour: tuple[float, ...] = (0.1, 0.5, 1.0), group: str = "",
     ):  # fmt: skip
         self.job, self.every, self.on = job, every, bool(source)
         if not source:
@@ -66,28 +71,53 @@ class Detection:
         self.events = read_events(events, self.records) if events else _events_of(self.records, keyword)
         if not sum(map(len, self.events)):
             raise UserError(f"detection: {source} has no event of {keyword!r}; give the field or the file events")
+        self._groups = self._read_groups(group) if group else []
         self._rows = -(-round(_BATCH_SECONDS / window) // job.mesh.size) * job.mesh.size
         self._compute = _answers.answerer(job)
+
+    def _read_groups(self, group: str) -> list[str]:
+        """The label of every recording; one must have events and a label."""
+        if len(self.records) < 2:
+            raise UserError(f"detection: group={group!r}, but there is one recording: leave it empty")
+        _groups.labels(self.records, [i for i, events in enumerate(self.events) if len(events)], group)
+        return _groups.labels(self.records, range(len(self.records)), group)
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         if not self.on:
             return {}
         streams = list(self._streams({"params": params, **extra}))
-        found = detection.curve(streams, **self.matching)
+        counts = detection.tally(streams, **self.matching)
+        found, limits = detection.curve(counts), detection.intervals(counts, self.per_hour)
         table = report.false_rejects(
-            f"{name} at step {step}: {self.keyword!r}", {name: found}, per_hour=list(self.per_hour)
+            f"{name} at step {step}: {self.keyword!r}", {name: found}, per_hour=self.per_hour, intervals=limits
         )
         _answers.show_table(self.job, name, table)
         if self.job.logs.enabled:
             from speechjax.scoring import figures
 
             self.job.logs.picture(step, name, figures.false_reject_curves({self.keyword: found}, f"step {step}"))
-        points = {rate: detection.at_false_alarms(found, rate) for rate in self.per_hour}
-        return {
-            **{f"false_rejects_{rate:g}": point.false_rejects for rate, point in points.items()},
-            "hours": sum(len(stream.scores) * stream.hop for stream in streams) / 3600,
-            "events": float(sum(len(stream.events) for stream in streams)),
-        }
+        metrics = {}
+        for rate, interval in zip(self.per_hour, limits, strict=True):
+            point = detection.at_false_alarms(found, rate)
+            metrics |= _answers.limited(f"false_rejects_{rate:g}", interval._replace(value=point.false_rejects))
+            if self._groups:
+                metrics |= self._by_group(streams, point.threshold, f"false_rejects_{rate:g}", step)
+        metrics["hours"] = sum(len(stream.scores) * stream.hop for stream in streams) / 3600
+        metrics["events"] = float(sum(len(stream.events) for stream in streams))
+        return metrics
+
+    def _by_group(
+        self, streams: Sequence[detection.Stream], threshold: float, metric: str, step: int
+    ) -> dict[str, float]:
+        rest, tolerance = self.matching["refractory"], self.matching["tolerance"]
+        missed = []
+        for stream in streams:
+            fired = detection.detections(stream.scores, threshold, hop=stream.hop, refractory=rest)
+            missed.append(~detection.match(fired, stream.events, tolerance=tolerance)[1])
+        recording = np.repeat(np.arange(len(streams)), [len(own) for own in missed])
+        names = [self._groups[i] for i in recording.tolist()]
+        wrong = np.concatenate(missed).astype(np.float64)
+        return _groups.show(self.job, step, metric, wrong, np.ones_like(wrong), names, blocks=recording)
 
     def _streams(self, variables: Any) -> Iterator[detection.Stream]:
         for i, events in enumerate(self.events):

@@ -31,17 +31,19 @@ class FrameLabels:
     speaker is on where the chance of it is above `threshold` after a median over `median` frames (odd; 1: none).
     Frames up to `collar` s from where anybody begins or ends are left out.
 
-    `accuracy`, `detection_error` and `der` have limits of 95 % by bootstrap over recordings.  `head` names a head of
-    `several`.  `group`, meta:FIELD or id:REGEX: that score by group of recordings, with the worst and the gap.
+    All but chance have limits of 95 % by bootstrap over recordings, `_low` and `_high`.  `head` names a head of
+    `several`.  `group`, meta:FIELD or id:REGEX: `accuracy`, `detection_error` or `der` by group of recordings, with the
+    worst and the gap.
 
-    Raises UserError where no held-out frame has a unit, all have the same, or nobody speaks.
+    Raises UserError where no held-out frame has a unit, all have the same, or nobody speaks, and for a `group` that
+    fits no recording.
     """
 
     def __init__(
         self, job: Job, *, every: int, head: str = "", group: str = "", threshold: float = 0.5, median: int = 1,
         collar: float = 0.0,
     ):  # fmt: skip
-        self.job, self.every, self.group = job, every, group
+        self.job, self.every = job, every
         self.head = _answers.find_head(job, "frame_labels", head, ["frames"])
         if not 0 < threshold < 1 or median < 1 or median % 2 == 0 or collar < 0:
             raise UserError(
@@ -54,6 +56,7 @@ class FrameLabels:
         self._symbols = job.data.units.symbols
         self.turns = self.head.fields["loss"] == "turns"
         self.speech = self._symbols == SPEECH
+        self._groups = _groups.read(job.data.records, _answers.held_out(job), group)
         self._compute = _answers.answerer(job, self._reduce)
 
     def _reduce(self, found: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -78,10 +81,12 @@ class FrameLabels:
             raise UserError(f"{name}: no held-out frame has a unit (config.data.units={self.job.config.data.units!r})")
         examples = np.array(examples)
         make = self._turn_scores if self.turns else self._unit_scores
-        metrics, main, by_group = make(rows, _groups.blocks(self.job.data.records, examples), step, name)
-        if self.group:
-            groups = _groups.labels(self.job.data.records, examples.tolist(), self.group)
-            metrics |= _groups.show(self.job, step, main, *by_group, groups, higher_is_better=main == "accuracy")
+        blocks = _groups.blocks(self.job.data.records, examples)
+        metrics, main, by_group = make(rows, blocks, step, name)
+        if self._groups:
+            groups = [self._groups[example] for example in examples.tolist()]
+            better = main == "accuracy"
+            metrics |= _groups.show(self.job, step, main, *by_group, groups, blocks=blocks, higher_is_better=better)
         _answers.show(self.job, step, name, metrics)
         return metrics
 
@@ -95,27 +100,34 @@ class FrameLabels:
     def _unit_scores(
         self, rows: Sequence[np.ndarray], blocks: np.ndarray, step: int, name: str
     ) -> tuple[dict[str, float], str, tuple[np.ndarray, np.ndarray]]:
-        total = np.array([row.sum() for row in rows], np.float64)
-        right = np.array([np.trace(row) for row in rows], np.float64)
+        from scipy.sparse import csr_array
+
+        right, there, said = (
+            np.array([part(row) for row in rows], np.float64)
+            for part in (np.diagonal, lambda row: row.sum(axis=1), lambda row: row.sum(axis=0))
+        )
         counts = np.sum(rows, axis=0)
+        sparse = csr_array(right), csr_array(there), csr_array(said)
+        macro = bootstrap.intervals_of(
+            lambda weights: {"f1": classes.averages(*sparse, weights).macro_f1}, len(rows), blocks=blocks
+        )["f1"]
+        main, by_group = "accuracy", (right.sum(axis=1), there.sum(axis=1))
         metrics = {
-            **_answers.limited("accuracy", bootstrap.interval(right, total, blocks=blocks)),
+            **_answers.limited("accuracy", bootstrap.interval(*by_group, blocks=blocks)),
             "chance_accuracy": float(counts.sum(axis=1).max() / counts.sum()),
-            "macro_f1": classes.macro_f1(counts),
+            **_answers.limited("macro_f1", macro._replace(value=classes.macro_f1(counts))),
         }
-        main, by_group = "accuracy", (right, total)
         if self.speech:
-            missed, alarms, speech = (
-                np.array([row[cell] for row in rows], np.float64).reshape(len(rows), -1).sum(axis=1)
-                for cell in ((1, 0), (0, 1), 1)
-            )
-            main, by_group = "detection_error", (missed + alarms, speech)
-            metrics |= {
-                **_answers.limited("detection_error", bootstrap.interval(*by_group, blocks=blocks)),
-                "speech_f1": float(classes.class_scores(counts).f1[1]),
-                "miss_rate": float(counts[1, 0] / counts[1].sum()),
-                "false_alarm_rate": float(counts[0, 1] / counts[0].sum()),
+            missed, alarms = (np.array([row[cell] for row in rows], np.float64) for cell in ((1, 0), (0, 1)))
+            main, by_group = "detection_error", (missed + alarms, there[:, 1])
+            ratios = {
+                "detection_error": by_group,
+                "speech_f1": (2 * right[:, 1], there[:, 1] + said[:, 1]),
+                "miss_rate": (missed, there[:, 1]),
+                "false_alarm_rate": (alarms, there[:, 0]),
             }
+            for key, ratio in ratios.items():
+                metrics |= _answers.limited(key, bootstrap.interval(*ratio, blocks=blocks))
         self._draw(counts, step, name)
         return metrics, main, by_group
 
@@ -144,13 +156,10 @@ class FrameLabels:
         wrong = missed + alarms + confused
         if not speech.sum():
             raise UserError(f"{name}: nobody speaks in the held-out recordings, or within the collar alone")
-        metrics = {
-            **_answers.limited("der", bootstrap.interval(wrong, speech, blocks=blocks)),
-            **{
-                f"der_{part}": float(frames.sum() / speech.sum())
-                for part, frames in (("missed", missed), ("false_alarm", alarms), ("confusion", confused))
-            },
-        }
+        parts = {"der": wrong, "der_missed": missed, "der_false_alarm": alarms, "der_confusion": confused}
+        metrics = {}
+        for part, frames in parts.items():
+            metrics |= _answers.limited(part, bootstrap.interval(frames, speech, blocks=blocks))
         return metrics, "der", (wrong, speech)
 
 

@@ -64,8 +64,10 @@ class Recognition:
         first = next(iter(judged.values()))
         if self.group:
             kind = next(iter(judged))
-            labels = _groups.labels(self.job.data.records, [i for i, *_ in rows], self.group)
-            metrics |= _groups.show(self.job, step, f"{kind}_error", first.errors, first.lengths, labels)
+            examples = [i for i, *_ in rows]
+            labels = _groups.labels(self.job.data.records, examples, self.group)
+            blocks = _groups.blocks(self.job.data.records, np.array(examples))
+            metrics |= _groups.show(self.job, step, f"{kind}_error", first.errors, first.lengths, labels, blocks=blocks)
         self._show(step, name, rows, first)
         return metrics
 

@@ -15,22 +15,24 @@ class Values:
     """Scores of the task regress over every held-out example with a number: `mae` and `rmse` in the numbers' unit, and
     the correlations `pearson`, `spearman` and `ccc` (Lin's concordance).
 
-    `chance_mae` is that of the median of these numbers.  `mae` has limits of 95 % by bootstrap over recordings.  Where
-    all predictions are one number, two of the correlations have no value.  `head` names a head of `several`.  `group`,
-    meta:FIELD or id:REGEX: `mae` by group of recordings, with the worst and the gap.
+    `chance_mae` is that of the median of these numbers.  The others have limits of 95 % by bootstrap over recordings,
+    `_low` and `_high`.  Where all predictions are one number, two of the correlations have no value.  `head` names a
+    head of `several`.  `group`, meta:FIELD or id:REGEX: `mae` by group of recordings, with the worst and the gap.
 
-    Raises UserError where no held-out recording has a number, or all have the same.
+    Raises UserError where no held-out recording has a number, or all have the same, and for a `group` that fits none.
     """
 
     def __init__(self, job: Job, *, every: int, head: str = "", group: str = ""):
-        self.job, self.every, self.group = job, every, group
+        self.job, self.every = job, every
         self.head = _answers.find_head(job, "values", head, ["regress"])
         label = _answers.find_label(job, self.head)
         self._numbers = label.table[label.codes].astype(np.float64)
-        there = self._numbers[_answers.held_out(job)]
-        if len(found := np.unique(there[np.isfinite(there)])) < 2:
+        examples = _answers.held_out(job)
+        examples = examples[np.isfinite(self._numbers[examples])]
+        if len(found := np.unique(self._numbers[examples])) < 2:
             has = "has a number" if not len(found) else f"differs: all are {found[0]:.4g}"
             raise UserError(f"values: no held-out recording {has} (config.data.label={label.source!r})")
+        self._groups = _groups.read(job.data.records, examples, group)
         self._compute = _answers.answerer(job)
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
@@ -41,27 +43,21 @@ class Values:
         examples, true, predicted = examples[known], true[known], predicted[known]
         off, ones = np.abs(predicted - true), np.ones(len(true))
         blocks = _groups.blocks(self.job.data.records, examples)
-        metrics = {
-            **_answers.limited("mae", bootstrap.interval(off, ones, blocks=blocks)),
-            "chance_mae": float(np.mean(np.abs(true - np.median(true)))),
-            "rmse": numbers.rmse(true, predicted),
-            "pearson": _correlation(numbers.pearson, true, predicted),
-            "spearman": _correlation(numbers.spearman, true, predicted),
-            "ccc": numbers.ccc(true, predicted),
-        }
-        if self.group:
-            groups = _groups.labels(self.job.data.records, examples.tolist(), self.group)
-            metrics |= _groups.show(self.job, step, "mae", off, ones, groups, scale=1.0)
+        found = bootstrap.intervals_of(
+            lambda weights: numbers.agreements(true, predicted, weights), len(true), blocks=blocks
+        )
+        metrics = _answers.limited("mae", found["mae"])
+        metrics["chance_mae"] = float(np.mean(np.abs(true - np.median(true))))
+        for key in ("rmse", "pearson", "spearman", "ccc"):
+            metrics |= _answers.limited(key, found[key])
+        if self._groups:
+            groups = [self._groups[example] for example in examples.tolist()]
+            metrics |= _groups.show(self.job, step, "mae", off, ones, groups, blocks=blocks, scale=1.0)
         if self.job.logs.enabled:
             title = f"step {step}    MAE {metrics['mae']:.3g}, CCC {metrics['ccc']:.2f}"
             self.job.logs.picture(step, name, scatter(true, predicted, title))
         _answers.show(self.job, step, name, metrics)
         return metrics
-
-
-def _correlation(score: Any, true: np.ndarray, predicted: np.ndarray) -> float:
-    # A training that has not begun to tell recordings apart is no mistake of the user's.
-    return score(true, predicted) if np.ptp(predicted) > 0 else float("nan")
 
 
 def scatter(true: np.ndarray, predicted: np.ndarray, title: str) -> np.ndarray:

@@ -12,7 +12,7 @@ size: under some 20 speakers take it for a lower bound of the uncertainty.
 Shapes: N utterances, M blocks, R resamples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from speechjax.scoring import _checks
 
 RESAMPLES = 2000
 _AT_ONCE = 1 << 22  # drawn numbers in memory
+_AT_HAND = 1 << 19  # weights in memory, about as many as a cache has room for
 
 
 class Interval(NamedTuple):
@@ -82,6 +83,32 @@ def interval_of(
     it raises on the whole test set is raised.
     """
     return _limits(float(fn(np.arange(n))), _scores(fn, n, blocks, resamples, seed), level)
+
+
+def intervals_of(
+    fn: Callable[[np.ndarray], Mapping[str, Any]], n: int, *, blocks: Any = None, level: float = 0.95,
+    resamples: int = RESAMPLES, seed: int = 0,
+) -> dict[str, Interval]:  # fmt: skip
+    """Of several scores at once, {name: interval}, many resamples at a time: `fn` gets how often each utterance was
+    drawn, float64 [N, r], a resample a column, and returns {name: scores [r]}, NaN where a resample has none.
+
+    The draws are those of `interval_of`; a score that is a function of sums over utterances, sums that are one product
+    with the weights, is far quicker.  The values are those of the weights 1.
+    Raises UserError without utterances.
+    """
+    if n < 1:
+        raise UserError("nothing to score: no utterances; is the test set empty?")
+    block = _numbered(n, blocks)
+    units = int(block.max()) + 1
+    size = max(1, _AT_HAND // n)
+    found: list[Mapping[str, Any]] = []
+    for drawn in _draws(units, resamples, seed):
+        for rows in np.split(drawn, range(size, len(drawn), size)):
+            counts = np.bincount((rows + units * np.arange(len(rows))[:, None]).ravel(), minlength=units * len(rows))
+            found.append(fn(counts.reshape(len(rows), units).T.astype(np.float64, order="C")[block]))
+    values = fn(np.ones((n, 1)))
+    every = {name: np.concatenate([np.zeros(0), *(part[name] for part in found)]) for name in values}
+    return {name: _limits(float(value[0]), every[name], level) for name, value in values.items()}
 
 
 def difference_of(

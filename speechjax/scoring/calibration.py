@@ -1,6 +1,6 @@
 """Do probabilities mean what they say?  Expected calibration error, Brier score, temperature scaling.
 
-Shapes: N utterances, K classes, M bins.
+Shapes: N utterances, K classes, M bins, R resamples.
 """
 
 from typing import Any, NamedTuple
@@ -62,6 +62,21 @@ def expected_calibration_error(table: Reliability) -> float:
     """
     gaps = np.abs(table.accuracy - table.confidence)
     return float(np.nansum(gaps * table.count) / table.count.sum())
+
+
+def calibration_errors(confidence: Any, correct: Any, weights: np.ndarray) -> np.ndarray:
+    """ECE in bins of equal width of many resamples at once: weights [N, R], how often each utterance counts -> [R].
+
+    For `bootstrap.intervals_of`.  Resamples have gaps by chance on top of those that chance gave the utterances
+    themselves: of a well calibrated classifier the interval is too high, and may even be above its error.
+    """
+    from scipy.sparse import csr_array
+
+    confidence, correct = _checks.columns(confidence=confidence, correct=correct)
+    N = len(confidence)
+    bin_ = np.searchsorted(np.linspace(0.0, 1.0, BINS + 1)[1:-1], confidence, side="left")
+    gap = csr_array((np.asarray(correct, np.float64) - confidence, (bin_, np.arange(N))), shape=(BINS, N))
+    return np.abs(gap @ weights).sum(axis=0) / weights.sum(axis=0)
 
 
 def brier(probabilities: Any, labels: Any) -> float:

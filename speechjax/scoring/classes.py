@@ -1,6 +1,6 @@
 """Scores of classification: one label an utterance (from counts, so that parts add up), or several.
 
-Shapes: N utterances, K classes.
+Shapes: N utterances, K classes, R resamples.
 """
 
 from typing import Any, NamedTuple
@@ -61,9 +61,46 @@ class ClassScores(NamedTuple):
 
 def class_scores(counts: np.ndarray) -> ClassScores:
     """Recall, precision and F1 of every class of a table [K, K]."""
-    right = np.diagonal(counts)
-    there, said = counts.sum(axis=1), counts.sum(axis=0)
+    return _class_scores(np.diagonal(counts), counts.sum(axis=1), counts.sum(axis=0))
+
+
+def _class_scores(right: np.ndarray, there: np.ndarray, said: np.ndarray) -> ClassScores:
+    """Of counts of either shape, [K] or [K, R]: said rightly, in the references, said."""
     return ClassScores(_share(right, there), _share(right, said), _share(2 * right, there + said))
+
+
+class Averages(NamedTuple):
+    """`macro_f1` and `unweighted_average_recall` of many resamples, float64 [R]; NaN where the references of one are of
+    fewer than two classes."""
+
+    macro_f1: np.ndarray
+    uar: np.ndarray
+
+
+def averages(right: Any, there: Any, said: Any, weights: np.ndarray) -> Averages:
+    """Of utterances or recordings [N, K], arrays or scipy's sparse ones, of which each class is said rightly, in the
+    references and said so often; weights [N, R], how often each counts: for `bootstrap.intervals_of`.
+    """
+    right, there, said = (x.T @ weights for x in (right, there, said))
+    scores = _class_scores(right, there, said)
+    several = (there > 0).sum(axis=0) > 1
+    return Averages(*(_mean_of_known(x, several) for x in (scores.f1, scores.recall)))
+
+
+def indicators(classes: Any, n_classes: int, counted: Any = None) -> Any:
+    """Sparse float64 [N, K], 1 for the class int [N] of each utterance, or 0 where it is not `counted`, bool [N]."""
+    from scipy.sparse import csr_array
+
+    N = len(classes)
+    ones = np.ones(N) if counted is None else np.asarray(counted, np.float64)
+    return csr_array((ones, (np.arange(N), np.asarray(classes))), shape=(N, n_classes))
+
+
+def _mean_of_known(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Mean over classes of [K, R], NaN left out: [R], NaN where it is not `known`."""
+    there = ~np.isnan(values)
+    total, n = np.where(there, values, 0.0).sum(axis=0), there.sum(axis=0)
+    return np.where(known & (n > 0), total, np.nan) / np.maximum(n, 1)
 
 
 def _several(counts: np.ndarray) -> None:
@@ -97,6 +134,27 @@ def mean_average_precision(labels: Any, scores: Any) -> float:
     return float(np.mean([average_precision_score(labels[:, k], scores[:, k]) for k in there]))
 
 
+def mean_average_precisions(labels: Any, scores: Any, weights: np.ndarray) -> np.ndarray:
+    """`mean_average_precision` of many resamples at once: weights [N, R], how often each utterance counts -> [R].
+
+    NaN where no class has positives in a resample: for `bootstrap.intervals_of`.
+    """
+    labels, scores = _tables(labels, scores)
+    total, known = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    for k in np.flatnonzero(labels.any(axis=0)):
+        positive, own = labels[:, k], scores[:, k]
+        # Precision counts where there are positives: at their scores, from the highest.
+        steps = -np.unique(-own[positive])
+        step = np.searchsorted(-steps, -own)  # the first of them that accepts the utterance
+        accepted = step < len(steps)
+        right = indicators(step[positive], len(steps)).T @ weights[positive]
+        every = np.cumsum(indicators(step[accepted], len(steps)).T @ weights[accepted], axis=0)
+        found, precision = right.sum(axis=0), np.cumsum(right, axis=0) / np.maximum(every, 1)
+        total += (right * precision).sum(axis=0) / np.maximum(found, 1)
+        known += found > 0
+    return np.where(known > 0, total, np.nan) / np.maximum(known, 1)
+
+
 class F1(NamedTuple):
     """Averaged over classes (those neither in the references nor predicted left out), and of all decisions at once."""
 
@@ -115,6 +173,19 @@ def multi_label_f1(labels: Any, scores: Any, threshold: float | np.ndarray = 0.5
     if not either.any():
         raise UserError("no class has a positive and none is predicted: F1 needs some; check labels and threshold")
     return F1(float(np.nanmean(_share(2 * right, either))), float(2 * right.sum() / either.sum()))
+
+
+def macro_f1_of_tags(labels: Any, said: Any, weights: np.ndarray) -> np.ndarray:
+    """The macro F1 of many resamples at once: labels, said bool [N, K], weights [N, R], how often each counts -> [R].
+
+    NaN where nothing is in the references and nothing said: for `bootstrap.intervals_of`.
+    """
+    from scipy.sparse import csr_array
+
+    labels, said = _tables(labels, said)
+    tables = (labels & said, labels.astype(np.float64) + said)
+    right, either = (csr_array(np.asarray(x, np.float64)).T @ weights for x in tables)
+    return _mean_of_known(_share(2 * right, either), either.any(axis=0))
 
 
 def _tables(labels: Any, scores: Any) -> tuple[np.ndarray, np.ndarray]:

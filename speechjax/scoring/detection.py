@@ -1,6 +1,7 @@
 """Wake words and keywords in streams: scores over time to detections, and what they miss and invent.
 
-Times are seconds from a stream's begin.  Shapes: T frames, E events, D detections.
+Times are seconds from a stream's begin.  Shapes: T frames, E events, D detections, K thresholds, B stretches of audio,
+R resamples.
 """
 
 import math
@@ -10,9 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from speechjax.errors import UserError
-from speechjax.scoring import _checks
+from speechjax.scoring import _checks, bootstrap
+from speechjax.scoring.bootstrap import RESAMPLES, Interval
 
 POINTS = 200  # thresholds of a curve
+_ENOUGH = 20  # streams to draw from
+_STRETCH = 60.0  # seconds
 
 
 class Stream(NamedTuple):
@@ -25,13 +29,16 @@ class Stream(NamedTuple):
     events: np.ndarray
 
 
-class Counts(NamedTuple):
-    """Of one stream: `misses` among `events`, `alarms` that no event explains, in `hours` of audio."""
+class Tally(NamedTuple):
+    """Of each threshold [K], ascending, the last infinity, and each stretch of audio: `misses`, and `alarms` that no
+    event explains, float64 [K, B]; of each stretch its `events` and `hours` [B].
+    """
 
-    misses: int
-    events: int
-    alarms: int
-    hours: float
+    thresholds: np.ndarray
+    misses: np.ndarray
+    alarms: np.ndarray
+    events: np.ndarray
+    hours: np.ndarray
 
 
 class Curve(NamedTuple):
@@ -82,25 +89,17 @@ def match(times: Any, events: Any, *, tolerance: float = 0.0) -> tuple[np.ndarra
     return hit, found
 
 
-def count(stream: Stream, threshold: float, *, refractory: float = 1.0, tolerance: float = 0.5) -> Counts:
-    """Of one stream at one threshold; sums of these over streams, or resamples of them, make the rates.
+def tally(
+    streams: Sequence[Stream], *, thresholds: Any = None, refractory: float = 1.0, tolerance: float = 0.5
+) -> Tally:
+    """What is missed and invented, over thresholds.
 
     A second detection of an event is a false alarm: give `refractory` the length of the keyword to avoid it.  `hours`
-    are all of the stream, events included.
-    """
-    fired = detections(stream.scores, threshold, hop=stream.hop, refractory=refractory)
-    hit, found = match(fired, stream.events, tolerance=tolerance)
-    hours = len(stream.scores) * stream.hop / 3600
-    return Counts(int((~found).sum()), len(found), int((~hit).sum()), hours)
-
-
-def curve(
-    streams: Sequence[Stream], *, thresholds: Any = None, refractory: float = 1.0, tolerance: float = 0.5
-) -> Curve:
-    """False rejects against false alarms an hour, over thresholds.
+    are all of the streams, events included.  A stretch is a stream; of fewer than 20 it is a minute of one, where
+    events are by their start, and nothing is detected otherwise than in the whole stream.
 
     thresholds: by default up to 200 of the scores that occur, by rank from the highest, evenly on a logarithmic scale:
-    false alarms are to be rare.  Infinity is added.  Because of the refractory time neither rate is quite monotonic.
+    false alarms are to be rare.  Infinity is added.
     Raises UserError without frames, without events, and for scores that are NaN or infinite.
     """
     if not sum(len(stream.scores) for stream in streams):
@@ -113,12 +112,38 @@ def curve(
         ranks = np.unique(np.geomspace(1, len(scores), POINTS).astype(np.int64)) - 1
         thresholds = np.sort(scores)[::-1][ranks]
     thresholds = np.unique(np.append(np.asarray(thresholds, np.float64), np.inf))
-    rows = []
+    stretch = math.inf if len(streams) >= _ENOUGH else _STRETCH
+    parts = [_tally_one(stream, thresholds, stretch, refractory, tolerance) for stream in streams]
+    return Tally(thresholds, *(np.concatenate(column, axis=-1) for column in zip(*parts, strict=True)))
+
+
+def _tally_one(
+    stream: Stream, thresholds: np.ndarray, stretch: float, refractory: float, tolerance: float
+) -> tuple[np.ndarray, ...]:
+    seconds = len(stream.scores) * stream.hop
+    B = max(1, round(seconds / stretch))
+
+    def place(times: np.ndarray) -> np.ndarray:
+        number = np.clip((times * (B / max(seconds, stream.hop))).astype(np.int64), 0, B - 1)
+        return np.bincount(number, minlength=B).astype(np.float64)
+
+    starts = np.asarray(stream.events, np.float64).reshape(-1, 2)[:, 0]
+    misses, alarms = [], []
     for threshold in thresholds:
-        counts = [count(stream, threshold, refractory=refractory, tolerance=tolerance) for stream in streams]
-        misses, events, alarms, hours = (sum(column) for column in zip(*counts, strict=True))
-        rows.append((misses / events, alarms / hours))
-    return Curve(thresholds, *np.array(rows).T)
+        fired = detections(stream.scores, threshold, hop=stream.hop, refractory=refractory)
+        hit, found = match(fired, stream.events, tolerance=tolerance)
+        misses.append(place(starts[~found]))
+        alarms.append(place(fired[~hit]))
+    return np.array(misses), np.array(alarms), place(starts), np.full(B, seconds / B / 3600)
+
+
+def curve(found: Tally) -> Curve:
+    """False rejects against false alarms an hour.  Because of the refractory time neither is quite monotonic."""
+    return Curve(
+        found.thresholds,
+        found.misses.sum(axis=1) / found.events.sum(),
+        found.alarms.sum(axis=1) / found.hours.sum(),
+    )
 
 
 def at_false_alarms(found: Curve, per_hour: float) -> OperatingPoint:
@@ -133,3 +158,25 @@ def at_false_alarms(found: Curve, per_hour: float) -> OperatingPoint:
     # Of equal ones the highest threshold: the fewest alarms.
     best = allowed[::-1][int(np.argmin(found.false_rejects[allowed[::-1]]))]
     return OperatingPoint(*(float(x[best]) for x in (found.false_rejects, found.false_alarms, found.thresholds)))
+
+
+def intervals(
+    found: Tally, per_hour: Sequence[float], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Interval, ...]:
+    """Of the false rejects `at_false_alarms` of each of `per_hour`, by bootstrap over the stretches.
+
+    Streams are drawn as wholes, for one speaker in one room makes all of their events easy or hard.  Too few streams
+    are no choice to draw from; minutes, long beside all that a detection looks at, then stand for them (blocks of a
+    series: Künsch 1989, "The jackknife and the bootstrap for general stationary observations"), and the interval says
+    nothing of other speakers and rooms.  Every resample has false alarms of its own, and hence a threshold of its own:
+    resampling events alone would take the threshold for known, though it hangs on a few false alarms.
+    """
+
+    def rejects(weights: np.ndarray) -> dict[str, np.ndarray]:
+        misses, alarms, events, hours = (x @ weights for x in found[1:])
+        shares = misses / np.where(events > 0, events, np.nan)
+        allowed = [alarms <= rate * hours for rate in per_hour]
+        return {str(n): np.where(own, shares, np.inf).min(axis=0) for n, own in enumerate(allowed)}
+
+    every = bootstrap.intervals_of(rejects, len(found.events), level=level, resamples=resamples, seed=seed)
+    return tuple(every[str(n)] for n in range(len(per_hour)))

@@ -58,7 +58,7 @@ def ratio_by_group(
             seed=seed,
         )  # fmt: skip
 
-    return _by_group(score, len(top), groups, labels, min_size, higher_is_better)
+    return scored_by_group(score, len(top), groups, min_size=min_size, higher_is_better=higher_is_better, blocks=labels)
 
 
 def by_group(
@@ -80,13 +80,17 @@ def by_group(
             resamples=resamples, seed=seed,
         )  # fmt: skip
 
-    return _by_group(score, len(groups), groups, labels, min_size, higher_is_better)
+    return scored_by_group(
+        score, len(groups), groups, min_size=min_size, higher_is_better=higher_is_better, blocks=labels
+    )
 
 
-def _by_group(
-    score: Callable[[np.ndarray], Interval], n: int, groups: Sequence[Any], blocks: np.ndarray | None, min_size: int,
-    higher_is_better: bool,
+def scored_by_group(
+    score: Callable[[np.ndarray], Interval], n: int, groups: Sequence[Any], *, min_size: int = 20,
+    higher_is_better: bool = False, blocks: np.ndarray | None = None,
 ) -> Groups:  # fmt: skip
+    """Of any score with an interval of its own: `score` gets the numbers of a group's utterances, and of all `n` of
+    them; it raises UserError for a group that has none.  See `by_group`."""
     if len(groups) != n or (blocks is not None and len(blocks) != n):
         raise ValueError(f"{n} utterances, but {len(groups)} groups and {n if blocks is None else len(blocks)} blocks")
     if not n:

@@ -99,25 +99,38 @@ def reliability(title: str, table: Reliability) -> Table:
 
 
 def verification_costs(
-    title: str, systems: Mapping[str, verification.Errors], *, p_targets: Sequence[float] = (0.01, 0.05)
-) -> Table:
-    """A system a row: equal error rate in %, and minDCF with costs of 1 for each prior of a target."""
+    title: str, systems: Mapping[str, verification.Errors], *, p_targets: Sequence[float] = (0.01, 0.05),
+    intervals: verification.CostIntervals | None = None,
+) -> Table:  # fmt: skip
+    """A system a row: equal error rate in %, and minDCF with costs of 1 for each prior of a target.
+
+    `intervals`, of the same priors, are a row below the last system.
+    """
     rows = []
     for name, errors in systems.items():
         costs = (verification.min_detection_cost(errors, p_target=p).cost for p in p_targets)
         rate = verification.equal_error_rate(errors).rate
         rows.append([name, number(rate, 100, 2), *(number(cost, digits=3) for cost in costs)])
+    if intervals:
+        costs = (limits(cost, digits=3) for cost in intervals.min_dcf)
+        rows.append(["95 % interval", limits(intervals.eer, 100, 2), *costs])
     return dict(title=title, columns=["", "EER, %", *(f"minDCF({p:g})" for p in p_targets)], rows=rows)
 
 
 def false_rejects(
-    title: str, curves: Mapping[str, detection.Curve], *, per_hour: Sequence[float] = (0.1, 0.5, 1.0)
-) -> Table:
-    """A keyword or a system a row: false rejects in % while false alarms are at most so many an hour."""
+    title: str, curves: Mapping[str, detection.Curve], *, per_hour: Sequence[float] = (0.1, 0.5, 1.0),
+    intervals: Sequence[Interval] = (),
+) -> Table:  # fmt: skip
+    """A keyword or a system a row: false rejects in % while false alarms are at most so many an hour.
+
+    `intervals`, one of each of `per_hour`, are a row below the last.
+    """
     rows = [
         [name, *(number(detection.at_false_alarms(curve, rate).false_rejects, 100) for rate in per_hour)]
         for name, curve in curves.items()
     ]
+    if intervals:
+        rows.append(["95 % interval", *(limits(own, 100) for own in intervals)])
     columns = ["", *(f"false rejects, % at {rate:g} false alarms/h" for rate in per_hour)]
     return dict(title=title, columns=columns, rows=rows)
 

@@ -1,8 +1,9 @@
 """Is it the same speaker?  Trials, cosine scores, adaptive score normalisation, EER, minimum detection cost, DET.
 
-Shapes: N embeddings, D width, P trials (pairs), C cohort.
+Shapes: N embeddings, D width, P trials (pairs), C cohort, S speakers, K thresholds, R resamples.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from speechjax.errors import UserError
-from speechjax.scoring import _checks
+from speechjax.scoring import _checks, bootstrap
+from speechjax.scoring.bootstrap import Interval
 
 _AT_ONCE = 1 << 24  # numbers of gathered embeddings in memory
+_STEPS = 400  # thresholds of an interval
+_COLUMNS = 50  # resamples at a time: at 200 products take twice as long
 
 
 class Trials(NamedTuple):
@@ -38,11 +42,18 @@ def all_pairs(speakers: Sequence[Any]) -> Trials:
 def read_trials(path: str | Path, ids: Sequence[str]) -> Trials:
     """A trial list in the format of VoxCeleb: lines `1 first second` (0: two speakers) of the names in `ids` [N].
 
-    Raises UserError, with the line's number, for lines of another form and names that are not among `ids`.
+    Raises UserError, with the line's number, for lines of another form and names that are not among `ids`, and for a
+    file that cannot be read or is no text in UTF-8.
     """
     number = {name: i for i, name in enumerate(ids)}
     rows = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; want a text of lines `1 first second`") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; want a text of lines `1 first second`") from None
+    for n, line in enumerate(lines, 1):
         parts = line.split()
         if not parts:
             continue
@@ -149,11 +160,16 @@ def equal_error_rate(errors: Errors) -> EqualErrorRate:
     Linear interpolation as usual in papers with scikit-learn's `roc_curve`, not the convex hull of the ROC (ROCCH-EER,
     Brümmer 2010), which is never higher.
     """
-    lead = errors.misses - errors.false_alarms  # rises from -1 to 1
-    after = int(np.argmax(lead >= 0))
-    share = -lead[after - 1] / (lead[after] - lead[after - 1])
-    rate = errors.misses[after - 1] + share * (errors.misses[after] - errors.misses[after - 1])
+    [rate], [after] = _equal_rates(errors.misses[:, None], errors.false_alarms[:, None])
     return EqualErrorRate(float(rate), float(errors.thresholds[after]))
+
+
+def _equal_rates(misses: np.ndarray, false_alarms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rate float [R] of each column of [K, R], and the row int [R] at which misses are no fewer."""
+    lead = misses - false_alarms  # rises from -1 to 1
+    after, column = np.argmax(lead >= 0, axis=0), np.arange(lead.shape[1])
+    share = -lead[after - 1, column] / (lead[after, column] - lead[after - 1, column])
+    return misses[after - 1, column] + share * (misses[after, column] - misses[after - 1, column]), after
 
 
 class DetectionCost(NamedTuple):
@@ -175,10 +191,133 @@ def min_detection_cost(
         raise UserError(
             f"p_target={p_target}, c_miss={c_miss}, c_false_alarm={c_false_alarm}: a probability and positive costs"
         )
-    miss, alarm = c_miss * p_target, c_false_alarm * (1 - p_target)
-    costs = (miss * errors.misses + alarm * errors.false_alarms) / min(miss, alarm)
+    costs = _costs(errors.misses, errors.false_alarms, c_miss * p_target, c_false_alarm * (1 - p_target))
     best = int(np.argmin(costs))
     return DetectionCost(float(costs[best]), float(errors.thresholds[best]))
+
+
+def _costs(misses: np.ndarray, false_alarms: np.ndarray, miss: float, alarm: float) -> np.ndarray:
+    return (miss * misses + alarm * false_alarms) / min(miss, alarm)
+
+
+# ---- intervals
+
+
+class CostIntervals(NamedTuple):
+    """`eer`, and minDCF with costs of 1 for each prior of a target, in their order."""
+
+    eer: Interval
+    min_dcf: tuple[Interval, ...]
+
+
+def cost_intervals(
+    scores: Any, trials: Trials, speakers: Any, *, p_targets: Sequence[float] = (0.01, 0.05), level: float = 0.95,
+    resamples: int | None = None, seed: int = 0,
+) -> CostIntervals:  # fmt: skip
+    """Intervals by bootstrap over speakers: scores float [P]; speakers [N], one label an embedding.
+
+    Every trial of a recording, and every trial of its speaker, is easy or hard together, so what is drawn with
+    replacement are speakers: with trials for independent, intervals are too narrow (Wu et al. 2016,
+    doi:10.1109/TASLP.2016.2614725).  A trial of two speakers who were drawn a and b times counts a b times, as edges do
+    where the nodes of a network are drawn (Snijders and Borgatti 1999, "Non-parametric standard errors and tests for
+    network statistics"; consistent by Davezies et al. 2021, "Empirical process results for exchangeable arrays").  A
+    trial within a speaker counts a times, not a squared: whoever is drawn twice is two people, between whom there are
+    no trials, or a recording would be compared with itself.
+
+    Rates of resamples are taken at 400 thresholds at most, close where either error is rare.  resamples: by default
+    1000, of more than a million trials fewer, 200 at least.  Limits are NaN for one speaker.
+    Raises UserError without trials of one kind.
+    """
+    scores, first, second, target = _checks.columns(scores=scores, **trials._asdict())
+    _both_kinds(target)
+    number = np.unique(np.asarray(speakers), return_inverse=True)[1].reshape(-1)
+    used = np.unique(np.concatenate([number[first], number[second]]))
+    sides = np.sort([np.searchsorted(used, number[side]) for side in (first, second)], axis=0)
+    if resamples is None:
+        resamples = int(np.clip(1_000_000_000 // len(scores), 200, 1000))
+    # A trial's step is the last threshold that it reaches.
+    thresholds = _thresholds(scores, target)
+    step = np.searchsorted(thresholds, scores, side="right") - 1
+    shape = len(thresholds), len(used)
+    own, other = (_Weigher(step[kind], sides[:, kind], *shape) for kind in (target, ~target))
+    columns = max(1, min(_COLUMNS, _AT_ONCE // math.prod(shape)))
+
+    def rates(weights: np.ndarray) -> dict[str, np.ndarray]:
+        weights = weights.astype(np.float32)
+        parts = [np.ascontiguousarray(weights[:, i : i + columns]) for i in range(0, weights.shape[1], columns)]
+        found = [_rates(own(part), other(part), p_targets) for part in parts]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    errors = error_rates(scores, target)
+    found = bootstrap.intervals_of(rates, len(used), level=level, resamples=resamples, seed=seed)
+    costs = (min_detection_cost(errors, p_target=p).cost for p in p_targets)
+    return CostIntervals(
+        found["eer"]._replace(value=equal_error_rate(errors).rate),
+        tuple(found[f"cost {p}"]._replace(value=cost) for p, cost in zip(p_targets, costs, strict=True)),
+    )
+
+
+def linked(trials: Trials, names: Sequence[str]) -> np.ndarray:
+    """Who speaks, for `cost_intervals`, int [N]: recordings of one name ("": not known) or linked by a target trial."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    N = len(names)
+    _, first, who = np.unique(np.asarray(names, str), return_index=True, return_inverse=True)
+    of_name = np.where(np.asarray(names, str) == "", np.arange(N), first[who.reshape(-1)])
+    one = np.concatenate([np.arange(N), trials.first[trials.target]])
+    other = np.concatenate([of_name, trials.second[trials.target]])
+    return connected_components(coo_array((np.ones(len(one)), (one, other)), shape=(N, N)), directed=False)[1]
+
+
+def _thresholds(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """All distinct scores, or the lowest and `_STEPS` others, ascending: of targets as many between any two, of others
+    by rank from the highest, evenly on a logarithmic scale."""
+    every = np.unique(scores)
+    if len(every) <= _STEPS:
+        return every
+    own, other = np.sort(scores[target]), np.sort(scores[~target])[::-1]
+    evenly = np.linspace(0, len(own) - 1, _STEPS // 2).astype(np.int64)
+    rarely = np.geomspace(1, len(other), _STEPS // 2).astype(np.int64) - 1
+    return np.unique(np.concatenate([every[:1], own[evenly], other[rarely]]))
+
+
+class _Weigher:
+    """Of trials of one kind: weights of speakers float [S, R] -> what the trials of each step weigh, float64 [K, R].
+
+    step: int [P], below `steps`; sides: int [2, P], the two speakers.
+    """
+
+    def __init__(self, step: np.ndarray, sides: np.ndarray, steps: int, speakers: int):
+        from scipy.sparse import coo_array
+
+        within, (low, high) = sides[0] == sides[1], sides
+        self.shape = steps, speakers
+        # Sums of whole numbers, far below 2^24: in float32 they are exact, and take half the time.
+        self._within = coo_array(
+            (np.ones(within.sum(), np.float32), (step[within], low[within])), shape=self.shape
+        ).tocsr()  # fmt: skip
+        rows = step[~within] * speakers + low[~within]
+        self._across = coo_array(
+            (np.ones(len(rows), np.float32), (rows, high[~within])), shape=(steps * speakers, speakers)
+        ).tocsr()  # fmt: skip
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        met = (self._across @ weights).reshape(*self.shape, -1)
+        return (self._within @ weights).astype(np.float64) + np.einsum("ksr,sr->kr", met, weights)
+
+
+def _rates(own: np.ndarray, other: np.ndarray, p_targets: Sequence[float]) -> dict[str, np.ndarray]:
+    """Scores [R] of what target and other trials of each step weigh, float64 [K, R]; NaN without trials of one kind."""
+    known = np.asarray(own.any(axis=0) & other.any(axis=0))
+    rejected, others = (np.cumsum(np.pad(x[:, known], ((1, 0), (0, 0))), axis=0) for x in (own, other))
+    misses, false_alarms = rejected / rejected[-1], (others[-1] - others) / others[-1]
+    scores = {"eer": _equal_rates(misses, false_alarms)[0]}
+    scores |= {f"cost {p}": _costs(misses, false_alarms, p, 1 - p).min(axis=0) for p in p_targets}
+    found = {name: np.full(len(known), np.nan) for name in scores}
+    for name, values in scores.items():
+        found[name][known] = values
+    return found
 
 
 def _both_kinds(target: np.ndarray) -> None:

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import scipy.special
 from sklearn import metrics as reference
 
 from speechjax.errors import UserError
 from speechjax.evals import _answers, _groups
 from speechjax.evals.classification import Classification
 from speechjax.evals.values import Values
+from speechjax.scoring import bootstrap, calibration, classes, numbers, report
 from tests.data.memory import memory_records
 from tests.evals.judging import table
 
@@ -149,6 +151,121 @@ def test_numbers_agree_with_numpy(make_job):
     assert found["ccc"] == 0
 
 
+# ---- intervals
+
+
+def segments(meta):
+    """Recordings of one to three segments, with what stands in their metadata."""
+    of = np.repeat(np.arange(len(meta)), np.arange(len(meta)) % 3 + 1)
+    ids = [f"r{i:02d}#{k:04d}" for i in range(len(meta)) for k in range(i % 3 + 1)]
+    return of, memory_records(2000 + 37 * np.arange(len(of)), ids, [meta[i] for i in of])
+
+
+def same_limits(found, name, score, blocks):
+    expected = bootstrap.interval_of(score, len(blocks), blocks=blocks)
+    np.testing.assert_allclose([found[name], found[f"{name}_low"], found[f"{name}_high"]], expected, rtol=1e-5)
+    free = bootstrap.interval_of(score, len(blocks), resamples=300)
+    assert abs(free.high - expected.high) + abs(free.low - expected.low) > 1e-3, "negative control: recordings matter"
+
+
+def test_limits_of_classes_are_those_of_recordings_drawn_again(make_job):
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 3, 16)
+    of, records = segments([dict(word="xyz"[k]) for k in labels])
+    logits = rng.normal(size=(len(of), 3)).astype(np.float32)
+    logits[np.arange(len(of)), labels[of]] += 1.5
+    job = make_job(records, ONE, table(scores=logits), label="meta:word")
+    found = Classification(job, every=1)({}, {}, 0, "words")
+    true, said = labels[of], logits.argmax(axis=1)
+    confidence = scipy.special.softmax(logits.astype(np.float64), axis=1).max(axis=1)
+
+    def counts(rows):
+        return classes.confusion_matrix(true[rows], said[rows], 3)
+
+    def error(rows):
+        own = calibration.reliability(confidence[rows], (said == true)[rows])
+        return calibration.expected_calibration_error(own)
+
+    same_limits(found, "macro_f1", lambda rows: classes.macro_f1(counts(rows)), of)
+    same_limits(found, "uar", lambda rows: classes.unweighted_average_recall(counts(rows)), of)
+    same_limits(found, "ece", error, of)
+    assert found["ece_scaled_low"] < found["ece_scaled_high"]
+
+
+def test_limits_of_tags_are_those_of_recordings_drawn_again(make_job):
+    rng = np.random.default_rng(5)
+    truth = rng.uniform(size=(16, 3)) < 0.5
+    of, records = segments([dict(tags=["pqr"[k] for k in np.flatnonzero(row)]) for row in truth])
+    logits = (rng.normal(size=(len(of), 3)) + truth[of] - 0.5).astype(np.float32)
+    job = make_job(records, dict(ONE, loss="sigmoid"), table(scores=logits), label="tags:tags")
+    found = Classification(job, every=1)({}, {}, 0, "tags")
+    same_limits(found, "f1_macro", lambda rows: classes.multi_label_f1(truth[of][rows], logits[rows], 0.0).macro, of)
+    assert found["map_low"] < found["map"] < found["map_high"]
+    expected = bootstrap.interval_of(
+        lambda rows: classes.mean_average_precision(truth[of][rows], logits[rows]), len(of), blocks=of, resamples=200
+    )
+    # Another number of resamples: the limits of 200 vary by a tenth of the interval.
+    width = expected.high - expected.low
+    np.testing.assert_allclose([found["map_low"], found["map_high"]], expected[1:], atol=0.25 * width)
+
+
+def test_limits_of_numbers_are_those_of_recordings_drawn_again(make_job):
+    rng = np.random.default_rng(6)
+    truth = rng.uniform(1, 5, 16).astype(np.float32)
+    of, records = segments([dict(mos=float(x), home="ab"[i % 2]) for i, x in enumerate(truth)])
+    said = (truth[of] + rng.normal(size=16)[of] + 0.3 * rng.normal(size=len(of))).astype(np.float32)
+    job = make_job(records, dict(name="regress", label="label"), table(value=said), label="number:mos")
+    found = Values(job, every=1, group="meta:home")({}, {}, 0, "mos")
+    pair = truth[of].astype(np.float64), said.astype(np.float64)
+    for name in ("mae", "rmse", "pearson", "spearman", "ccc"):
+        same_limits(found, name, lambda rows: getattr(numbers, name)(pair[0][rows], pair[1][rows]), of)  # noqa: B023
+
+
+def test_limits_of_groups_are_those_of_their_recordings(silent, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report, "groups", lambda title, found, scale: seen.append(found) or dict(
+        title="", columns=["a"], rows=[])
+    )  # fmt: skip
+    right, of = np.array([1.0] * 6 + [0.0] * 6 + [1, 0, 1, 1]), np.array([0] * 6 + [1] * 6 + [2, 3, 4, 4])
+    names, ones = ["a"] * 12 + ["b"] * 4, np.ones(16)
+    _groups.show(silent, 0, "accuracy", right, ones, names, blocks=of, higher_is_better=True)
+    score = {group.name: group.score for group in seen[0].groups}
+    assert score["a"] == bootstrap.interval(right[:12], ones[:12], blocks=of[:12])
+    assert score["b"] == bootstrap.interval(right[12:], ones[12:], blocks=of[12:])
+    assert score["a"] != bootstrap.interval(right[:12], ones[:12]), "negative control: a is two recordings"
+
+
+def test_groups_without_a_score_are_not_those_that_are_large_enough(silent):
+    names = ["a"] * 25 + ["b"] * 25 + ["c"] * 3
+    wrong, there = np.ones(53), np.array([0.0] * 50 + [2.0] * 3)  # nobody speaks in a and b
+    found = _groups.show(silent, 0, "der", wrong * (there > 0), there, names)
+    assert found == {"der_worst": 0.5, "der_gap": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("speaker", "group='speaker': write meta:FIELD or id:REGEX"), ("id:(", r"group='id:\(' is not a regular"),
+        ("meta:nosuchfield", "group='meta:nosuchfield' fits no held-out recording, e.g. 'r0000'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_group_is_named_before_anything_is_computed(make_job, silent, group, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Classification(silent, every=1, group=group)
+    assert "\n" not in str(caught.value)
+    meta = [dict(mos=float(i)) for i in range(4)]
+    job = make_job(recordings(meta), dict(name="regress", label="label"), table(value=np.zeros(4)), label="number:mos")
+    with pytest.raises(UserError, match=message):
+        Values(job, every=1, group=group)
+
+
+def test_a_group_must_fit_a_recording_that_is_judged(make_job):
+    meta = [dict(word="x"), dict(word="y"), dict(home="a"), dict(home="b")]
+    job = make_job(recordings(meta), ONE, table(scores=np.zeros((4, 3))), label="meta:word")
+    with pytest.raises(UserError, match="group='meta:home' fits no held-out recording"):
+        Classification(job, every=1, group="meta:home")
+
+
 def test_mistakes_are_named_before_anything_is_computed(silent):
     job = silent
     with pytest.raises(UserError, match="classification: head='a', but the task classify is one head"):
@@ -181,6 +298,10 @@ def test_labels_of_groups():
     assert _groups.labels(records, every, "id:(_)(?P<label>x)$") == ["x", "x", "x", ""]
     assert _groups.labels(records, every, "id:_(x)") == ["x", "x", "x", ""]
     assert _groups.blocks(records, np.arange(4)).tolist() == [0, 0, 1, 2]
+    assert _groups.read(records, np.array([2, 3]), "meta:n") == {2: "q", 3: ""}
+    assert _groups.read(records, np.array([2, 3]), "") == {}
+    with pytest.raises(UserError, match="speaker='p': write meta:FIELD or id:REGEX"):
+        _groups.labels(records, every, "p", "speaker")
     for spec, message in (
         ("tags:n", "write meta:FIELD or id:REGEX"), ("id:(", "is not a regular expression"),
         ("meta:q", "fits no held-out recording"),

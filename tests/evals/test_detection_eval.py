@@ -7,6 +7,7 @@ import pytest
 from speechjax.errors import UserError
 from speechjax.evals import detection as module
 from speechjax.evals.detection import Detection, _trailing_mean, read_events
+from speechjax.scoring import bootstrap
 from tests.data.memory import memory_records
 from tests.evals.judging import table
 
@@ -59,6 +60,45 @@ def test_every_event_is_found_without_a_false_alarm(make, tmp_path):
     found = make(records, per_hour=(0.0, 1000.0))({}, {}, 4, "wake")
     assert found["false_rejects_0"] > 0
     assert found["false_rejects_1000"] == 0
+
+
+def test_limits_and_groups(make, tmp_path):
+    """The keyword of every other recording of home b cannot be heard."""
+    n = 24
+    events = [[["hey", 0.6, 1.1]] if i % 3 else [] for i in range(n)]
+    records = streams([2.0] * n, events)
+    meta, audio = records.parts[0].shards.meta, records.parts[0].shards.audio
+    for i in range(n):
+        meta[i]["home"] = "ab"[i % 2]
+        if i % 4 == 1:
+            audio[i][:] = 0
+    found = make(records, per_hour=(0.0, 5.0), group="meta:home")({}, {}, 4, "wake")
+    with_event = [i for i in range(n) if i % 3]
+    missed = np.array([i % 4 == 1 for i in with_event], float)
+    home = np.array([i % 2 for i in with_event])
+    assert found["false_rejects_0"] == pytest.approx(missed.mean())
+    # Of 24 recordings, some without an event: those are drawn.
+    numerators, denominators = np.zeros(n), np.zeros(n)
+    numerators[with_event], denominators[with_event] = missed, 1
+    expected = bootstrap.interval(numerators, denominators)  # there are no alarms, whatever the threshold
+    assert [found["false_rejects_0_low"], found["false_rejects_0_high"]] == pytest.approx(expected[1:])
+    assert found["false_rejects_0_worst"] == pytest.approx(missed[home == 1].mean())
+    assert found["false_rejects_5_gap"] == pytest.approx(missed[home == 1].mean() - missed[home == 0].mean())
+    assert "│ all   │ 16 │ 25.0" in (tmp_path / "report/tables.txt").read_text()
+    assert "95 % interval" in (tmp_path / "report/wake.json").read_text()
+
+
+def test_a_wrong_group_is_named_before_anything_is_computed(make):
+    records = streams([2.0, 2.0], [[["hey", 0.5, 1.0]], []])
+    records.parts[0].shards.meta[1]["home"] = "a"
+    for group, message in (
+        ("speaker", "group='speaker': write meta:FIELD or id:REGEX"), ("id:(", "is not a regular expression"),
+        ("meta:nosuchfield", "fits no held-out recording"), ("meta:home", "group='meta:home' fits no"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            make(records, group=group)
+    with pytest.raises(UserError, match="group='id:r', but there is one recording: leave it empty"):
+        make(streams([2.0], [[["hey", 0.5, 1.0]]]), group="id:r")
 
 
 def test_a_detection_is_at_the_end_of_its_window(make):

@@ -8,6 +8,7 @@ from sklearn import metrics as reference
 
 from speechjax.errors import UserError
 from speechjax.evals.frame_labels import FrameLabels, _median, speaker_time
+from speechjax.scoring import bootstrap, classes
 from tests.data.memory import memory_records
 from tests.evals.judging import table
 
@@ -66,6 +67,46 @@ def test_speech_is_counted_as_scikit_learn_does(make_job, tmp_path):
     each = [own.sum() / np.concatenate(units[k::2]).sum() for k, own in enumerate(errors)]
     assert found["detection_error_worst"] == pytest.approx(max(each))
     assert (tmp_path / "report/vad_2.png").exists()
+
+
+def limits(found, name):
+    return [found[name], found[f"{name}_low"], found[f"{name}_high"]]
+
+
+def test_limits_are_those_of_recordings_drawn_again(make_job):
+    rng = np.random.default_rng(4)
+    segments = [[[0.1, 0.25]], [[0.0, 0.12], [0.2, 0.31]], [[0.0, 0.02]], [[0.05, 0.3]]]
+    job = make_job(
+        recordings([dict(segments=spans) for spans in segments]), FRAMES,
+        answering(rng.normal(size=(4, T, 2)).astype(np.float32)), units="speech",
+    )  # fmt: skip
+    judge = FrameLabels(job, every=1)
+    rows = []
+    judge._judge_units = lambda *pair: rows.append(FrameLabels._judge_units(judge, *pair)) or rows[-1]
+    found = judge({}, {}, 0, "vad")
+    counts = np.array(rows)
+    scores = {
+        "macro_f1": classes.macro_f1,
+        "speech_f1": lambda table: classes.class_scores(table).f1[1],
+        "miss_rate": lambda table: table[1, 0] / table[1].sum(),
+        "false_alarm_rate": lambda table: table[0, 1] / table[0].sum(),
+        "detection_error": lambda table: (table[1, 0] + table[0, 1]) / table[1].sum(),
+    }
+    for name, score in scores.items():
+        expected = bootstrap.interval_of(lambda drawn: score(counts[drawn].sum(axis=0)), 4)  # noqa: B023
+        np.testing.assert_allclose(limits(found, name), expected, rtol=1e-9, err_msg=name)
+        assert expected.low < expected.high
+
+
+def test_a_wrong_group_is_named_before_anything_is_computed(make_job):
+    records = recordings([dict(segments=[[0.0, 0.1]])] * 4)
+    job = make_job(records, FRAMES, answering(np.zeros((4, T, 2), np.float32)), units="speech")
+    for group, message in (
+        ("speaker", "write meta:FIELD or id:REGEX"), ("id:(", "is not a regular expression"),
+        ("meta:nosuchfield", "fits no held-out recording"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            FrameLabels(job, every=1, group=group)
 
 
 def test_frames_without_a_unit_do_not_count(make_job):
@@ -146,6 +187,12 @@ def test_turns_through_the_evaluator(make_job, tmp_path):
     assert found["der"] == pytest.approx(wrong / speech)
     parts = found["der_missed"] + found["der_false_alarm"] + found["der_confusion"]
     assert parts == pytest.approx(found["der"])
+    times = [speaker_time(u, o) for u, o in zip(units, on, strict=True)]
+    for name, errors in (
+        ("der_missed", [own.missed for own in times]), ("der_false_alarm", [own.false_alarm for own in times]),
+        ("der_confusion", [own.confused for own in times]),
+    ):  # fmt: skip
+        assert limits(found, name) == pytest.approx(bootstrap.interval(errors, [own.speech for own in times]))
     smooth = FrameLabels(job, every=1, threshold=0.6, median=5)({}, {}, 0, "turns")
     assert smooth["der"] != found["der"]
 

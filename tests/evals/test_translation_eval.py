@@ -56,6 +56,15 @@ def test_scores_are_sacrebleus(made, tmp_path):
     assert characters["bleu"] != found["bleu"]
 
 
+def test_groups_are_scored_by_themselves(made):
+    found = translation.Translation(made, every=1, group="id:r000(?P<label>[0-3])")({}, {}, 3, "spoken")
+    alone = [sacrebleu.corpus_bleu([SAID[i]], [[REFERENCES[i]]]).score for i in (0, 2, 3)]
+    assert found["bleu_worst"] == pytest.approx(min(alone))
+    assert found["bleu_gap"] == pytest.approx(max(alone) - min(alone))
+    with pytest.raises(UserError, match="group='speaker': write meta:FIELD"):
+        translation.Translation(made, every=1, group="speaker")
+
+
 def test_mistakes_are_named(made):
     with pytest.raises(UserError, match="BLEU has no tokenizer 'klingon'"):
         translation.Translation(made, every=1, tokenize="klingon")({}, {}, 0, "spoken")

@@ -70,6 +70,33 @@ def test_a_ratio_and_the_same_as_a_function_agree():
     assert named == ratio
 
 
+def test_many_resamples_at_once_are_those_of_one_by_one(monkeypatch):
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(2, 30))
+    speakers = rng.integers(0, 8, 30)
+
+    def at_once(weights):
+        mean = values @ weights / weights.sum(axis=0)
+        return dict(first=mean[0], product=np.where(mean[0] > -0.3, mean[0] * mean[1], np.nan))
+
+    def one(rows):
+        return at_once(np.bincount(rows, minlength=30)[:, None])["product"][0]
+
+    for blocks in (None, speakers):
+        found = bootstrap.intervals_of(at_once, 30, blocks=blocks, resamples=300)
+        product = bootstrap.interval_of(one, 30, blocks=blocks, resamples=300)
+        first = bootstrap.interval_of(lambda rows: values[0, rows].mean(), 30, blocks=blocks, resamples=300)
+        np.testing.assert_allclose(found["first"], first, rtol=1e-12)
+        np.testing.assert_allclose(found["product"], product, rtol=1e-12)  # those below -0.3 are left out
+        with monkeypatch.context() as patch:
+            patch.setattr(bootstrap, "_AT_HAND", 100)
+            few = bootstrap.intervals_of(at_once, 30, blocks=blocks, resamples=300)
+        np.testing.assert_allclose(few["product"], product, rtol=1e-12)
+    [alone] = bootstrap.intervals_of(lambda weights: dict(n=weights.sum(axis=0)), 5, blocks=np.zeros(5)).values()
+    assert alone.value == 5
+    assert np.isnan(alone.low), "one block cannot vary"
+
+
 def test_the_seed_is_all_that_is_random():
     errors = np.arange(20)
     first, again, other = (bootstrap.interval(errors, np.full(20, 30), seed=seed) for seed in (0, 0, 1))
@@ -133,6 +160,8 @@ def test_refusals():
         bootstrap.interval([], [])
     with pytest.raises(UserError, match="is the test set empty"):
         bootstrap.interval_of(lambda rows: 0.0, 0)
+    with pytest.raises(UserError, match="is the test set empty"):
+        bootstrap.intervals_of(lambda weights: {}, 0)
     with pytest.raises(UserError, match="no references to score"):
         bootstrap.interval([1, 2], [0, 0])
     with pytest.raises(UserError, match="numerators contain NaN"):

@@ -165,6 +165,60 @@ def test_without_a_best_temperature_there_is_a_limit():
     assert calibration.fit_temperature(-logits, labels) == pytest.approx(100)
 
 
+# ---- many resamples at once
+
+
+def repeated(weights, score):
+    """`score(rows)` of each column of weights, NaN where it raises UserError."""
+    found = []
+    for column in weights.T:
+        try:
+            found.append(score(np.repeat(np.arange(len(column)), column.astype(int))))
+        except UserError:
+            found.append(np.nan)
+    return np.array(found)
+
+
+@QUICK
+@given(SEEDS)
+def test_weights_are_repetitions(seed):
+    labels, said = drawn(seed, n=9, k=4)
+    rng = np.random.default_rng(seed)
+    weights = rng.poisson(0.4, (9, 40)).astype(np.float64)
+    sparse = [classes.indicators(*own) for own in ((labels, 4, labels == said), (labels, 4), (said, 4))]
+    found = classes.averages(*sparse, weights)
+    for own, score in ((found.macro_f1, classes.macro_f1), (found.uar, classes.unweighted_average_recall)):
+        expected = repeated(weights, lambda rows: score(classes.confusion_matrix(labels[rows], said[rows], 4)))  # noqa: B023
+        np.testing.assert_allclose(own, expected, rtol=1e-12)
+    assert np.isnan(found.uar).any(), "some resamples have one class only"
+    confidence = np.round(rng.random(9), 1)
+    expected = repeated(
+        weights,
+        lambda rows: calibration.expected_calibration_error(
+            calibration.reliability(confidence[rows], (labels == said)[rows])
+        ),
+    )
+    kept = weights.any(axis=0)
+    found = calibration.calibration_errors(confidence, labels == said, weights[:, kept])
+    np.testing.assert_allclose(found, expected[kept], rtol=1e-9, atol=1e-12)
+
+
+@QUICK
+@given(SEEDS)
+def test_weights_of_tags_are_repetitions(seed):
+    rng = np.random.default_rng(seed)
+    labels, scores = rng.random((8, 3)) < 0.3, np.round(rng.normal(size=(8, 3)), 1)  # ties
+    labels[0, 0] = True
+    weights = rng.poisson(0.5, (8, 12)).astype(np.float64)
+    weights[:, :2] = np.array([0, 1])
+    found = classes.mean_average_precisions(labels, scores, weights)
+    expected = repeated(weights, lambda rows: classes.mean_average_precision(labels[rows], scores[rows]))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    found = classes.macro_f1_of_tags(labels, scores >= 0.2, weights)
+    expected = repeated(weights, lambda rows: classes.multi_label_f1(labels[rows], scores[rows], 0.2).macro)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 def test_refusals():
     with pytest.raises(UserError, match="is the test set empty"):
         classes.confusion_matrix([], [], 3)

@@ -33,6 +33,38 @@ def test_scores_are_those_of_the_libraries(seed):
 
 @QUICK
 @given(st.integers(0, 10_000))
+def test_weights_are_repetitions(seed):
+    rng = np.random.default_rng(seed)
+    references = np.round(rng.normal(300, 2, 12), 0)  # ties, and far from 0
+    predictions = np.round(references + rng.normal(size=12), 0)
+    weights = rng.poisson(0.3, size=(12, 8)).astype(np.float64)
+    weights[:, 0] = 0
+    weights[:, 1] = np.eye(12)[3] * 2  # one utterance twice: no correlation
+    found = numbers.agreements(references, predictions, weights)
+    for r in range(8):
+        rows = np.repeat(np.arange(12), weights[:, r].astype(int))
+        for name, score in (("mae", numbers.mae), ("rmse", numbers.rmse), ("pearson", numbers.pearson),
+                            ("spearman", numbers.spearman), ("ccc", numbers.ccc)):  # fmt: skip
+            try:
+                expected = score(references[rows], predictions[rows])
+            except UserError:
+                expected = np.nan
+            # Moments of numbers around 3 of 12 utterances cancel to some 1e-14 of them.
+            np.testing.assert_allclose(found[name][r], expected, rtol=1e-9, atol=1e-9, err_msg=name)
+    assert np.isnan(found["mae"][0])
+    assert np.isnan(found["pearson"][1])
+    assert not np.isnan(found["mae"][1])
+
+
+def test_constant_predictions_have_no_correlation():
+    """Sums of squares of 0.1 would say, by their rounding, that they have."""
+    found = numbers.agreements(np.arange(7.0), np.full(7, 0.1), np.ones((7, 1)))
+    assert np.isnan([found["pearson"][0], found["spearman"][0]]).all()
+    assert found["ccc"][0] == 0
+
+
+@QUICK
+@given(st.integers(0, 10_000))
 def test_what_each_does_not_see(seed):
     rng = np.random.default_rng(seed)
     references, predictions = rng.normal(size=(2, 15))

@@ -58,10 +58,16 @@ def test_detection_tables():
     errors = verification.error_rates([1, 3, 5, 0, 2, 4], [1, 1, 1, 0, 0, 0])
     table = report.verification_costs("speakers", {"ours": errors}, p_targets=(0.5,))
     assert (table["columns"], table["rows"]) == (["", "EER, %", "minDCF(0.5)"], [["ours", "33.33", "0.667"]])
+    limits = verification.CostIntervals(Interval(1 / 3, 0.25, 0.5), (Interval(2 / 3, NAN, NAN),))
+    table = report.verification_costs("speakers", {"ours": errors}, p_targets=(0.5,), intervals=limits)
+    assert table["rows"] == [["ours", "33.33", "0.667"], ["95 % interval", "25.00 to 50.00", "-"]]
     curve = detection.Curve(np.array([0.1, 0.2, np.inf]), np.array([0, 0.25, 1]), np.array([9.0, 0.9, 0]))
     table = report.false_rejects("words", {"hey": curve}, per_hour=(0.5, 1))
     assert table["columns"][1:] == [f"false rejects, % at {rate} false alarms/h" for rate in ("0.5", "1")]
     assert table["rows"] == [["hey", "100.0", "25.0"]]
+    limits = [Interval(1.0, 0.5, 1.0), Interval(0.25, 0.125, 0.5)]
+    table = report.false_rejects("words", {"hey": curve}, per_hour=(0.5, 1), intervals=limits)
+    assert table["rows"][1] == ["95 % interval", "50.0 to 100.0", "12.5 to 50.0"]
 
 
 def test_groups_comparisons_and_conditions():
