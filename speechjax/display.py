@@ -1,6 +1,7 @@
 """How metrics are shown to people: words, units and formats, shared by the console and the report."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ _ENDINGS = {
     "_accuracy": ".1%", "_share": ".0%", "error_rate": ".1%", "word_error": ".1%", "char_error": ".1%",
     "phone_error": ".1%", "eer": ".2%", "der": ".1%", "ece": ".1%", "ece_scaled": ".1%", "uar": ".1%", "map": ".1%",
     "macro_f1": ".1%", "f1_macro": ".1%", "f1_micro": ".1%", "speech_f1": ".1%", "detection_error": ".1%",
-    "miss_rate": ".1%", "false_alarm_rate": ".1%", "_error_worst": ".1%", "_error_gap": ".1%",
+    "miss_rate": ".1%", "false_alarm_rate": ".1%", "false_rejects": ".1%",
     "_purity": ".1%", "perplexity": ".1f", "_shot": ".1f",
 }  # fmt: skip
 
@@ -80,7 +81,10 @@ def display(name: str) -> Display:
     if name in DISPLAY:
         return DISPLAY[name]
     words = name.replace("_", " ")
-    spec = next((spec for ending, spec in _ENDINGS.items() if name.endswith(ending)), ".3g")
+    whole = re.sub(r"_(low|high|worst|gap)$", "", name)  # limits, and of groups the worst and the gap
+    of = re.sub(r"(false_rejects)_[\d.]+$", r"\1", whole)  # at so many false alarms an hour
+    ending = next((spec for ending, spec in _ENDINGS.items() if of.endswith(ending)), ".3g")
+    spec = DISPLAY[of].spec if of in DISPLAY else ending
     return Display(f"{words} {{}}", words[:1].upper() + words[1:], spec)
 
 

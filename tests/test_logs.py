@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from speechjax.clock import StepClock
+from speechjax.display import display
 from speechjax.errors import UserError
 from speechjax.logs import Logs, read_metrics
 
@@ -155,3 +156,11 @@ class TestStepClock:
         now[0] = 4.0
         clock.step(1.0)
         assert clock.read_and_reset()["steps_per_second"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("accuracy_low", "50.0%"), ("eer_worst", "50.00%"), ("false_rejects_0.1_high", "50.0%"), ("bleu_gap", "0.5")],
+)
+def test_limits_and_groups_are_shown_like_what_they_belong_to(name, shown):
+    assert display(name).number(0.5) == shown
