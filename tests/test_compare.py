@@ -69,9 +69,9 @@ def test_the_whole_chain(tmp_path, monkeypatch):
     """Units, a training of two steps, evaluation, table; a second call does nothing again."""
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(compare, "CLUSTERS", 5)
-    call = compare._call  # in a corpus of one mini-batch a pass, the 100 passes are most of the time
+    call = compare.call  # in a corpus of one mini-batch a pass, the 100 passes are most of the time
     quick = {"speechjax.label": ["--passes=2", "--inits=2"]}
-    monkeypatch.setattr(compare, "_call", lambda command, log: call([*command, *quick.get(command[0], [])], log))
+    monkeypatch.setattr(compare, "call", lambda command, log: call([*command, *quick.get(command[0], [])], log))
     smoke = {
         name: experiment._replace(arg=f"{experiment.arg},smoke", units=experiment.units.replace(":3", ":1"))
         for name, experiment in compare.EXPERIMENTS.items()
