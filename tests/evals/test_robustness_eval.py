@@ -59,9 +59,12 @@ def test_the_evaluator_of_the_run_keeps_its_options_on_the_command_line():
 
 
 def test_another_metric_and_babble(job):
-    judge = Robustness(job, every=1, of="classification", metric="uar", white=(), babble=(10.0,), reverberation=())
+    options = dict(every=1, of="classification", white=(), babble=(10.0,), reverberation=())
+    plain = Robustness(job, metric="temperature", **options)({}, {}, 0, "robust")
+    assert set(plain) == {"robust_clean", "robust_babble_10"}  # it has no limits
+    judge = Robustness(job, metric="uar", **options)
     found = judge({}, {}, 0, "robust")
-    assert set(found) == {"robust_clean", "robust_babble_10"}  # it has no limits
+    assert {name.removesuffix("_low").removesuffix("_high") for name in found} == set(plain)
     assert found["robust_clean"] == 1
     assert judge({}, {}, 0, "robust") == found
     with pytest.raises(UserError, match=r"classification has no metric 'bleu'; it has accuracy, accuracy_low"):

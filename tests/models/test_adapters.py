@@ -304,7 +304,7 @@ def test_targets_that_fit_nothing_are_named(small):
 
 @pytest.mark.parametrize("kind", ["ia3", "houlsby", "parallel", "prefix"])
 def test_a_block_that_cannot_host_a_kind_says_so(small, kind):
-    with pytest.raises(UserError, match=rf"{kind} '\w+' finds no .*there are transformer/layer\*/input"):
+    with pytest.raises(UserError, match=rf"{kind} '\w+' finds no .*there are projection, transformer/layer\*/input"):
         shapes_of(small(KINDS[kind], block=dict(name="gru")))
     hosted = shapes_of(small(dict(kind="lora", name="x", targets="input$"), block=dict(name="gru")))
     assert "transformer/layer0/input/lora_x_a" in hosted
