@@ -3,60 +3,15 @@
 Nothing here holds more than a window of audio.  Shapes: S samples, T frames.
 """
 
-import stat
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
-import soxr
 
-from speechjax.data import decode
-from speechjax.data.decode import SAMPLE_RATE, BadAudio
+from speechjax.data.decode import SAMPLE_RATE
 
 _SMOOTH = 0.3  # seconds over which loudness is averaged: a pause, not the closure of a plosive
 _FULL_SCALE = 32768
-
-
-def pcm_blocks(path: Path) -> Iterator[np.ndarray]:
-    """A file block by block as int16 mono at 16 kHz, by the rules of `decode.decode`, but silence is allowed."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadAudio("not a file")
-        with open(path, "rb", buffering=0) as raw:
-            if not path.stat().st_size:
-                raise BadAudio("empty file")
-            if not decode.is_complete(raw):
-                raise BadAudio("truncated")
-            raw.seek(0)
-            try:
-                file = decode.ForwardReader(raw.fileno(), closefd=False)
-            except soundfile.LibsndfileError as error:
-                raise BadAudio("not audio") from error
-            with file:
-                yield from _resampled(decode.read_blocks(file, raw, 0.0, None), file.samplerate)
-    except FileNotFoundError as error:
-        raise BadAudio("no such file") from error
-    except PermissionError as error:
-        raise BadAudio("no permission to read") from error
-
-
-def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    if not decode.LOWEST_RATE <= rate <= decode.HIGHEST_RATE:
-        raise BadAudio("sample rate out of range")
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        peak = max(np.max(block), -np.min(block))
-        if not np.isfinite(peak):
-            raise BadAudio("NaN or infinite samples")
-        if peak > decode.LOUDEST:
-            raise BadAudio("samples far beyond full scale")
-        mono = block.mean(axis=1, dtype=np.float32)
-        yield np.frombuffer(decode.quantize(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)), np.int16)
-    if rate != SAMPLE_RATE:
-        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        yield np.frombuffer(decode.quantize(rest), np.int16)
 
 
 class Level:

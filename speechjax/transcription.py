@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speechjax import sharding
-from speechjax.cutting import Level, Pieces, Window, Windows, pcm_blocks
-from speechjax.data.decode import SAMPLE_RATE, BadAudio
+from speechjax.cutting import Level, Pieces, Window, Windows
+from speechjax.data.decode import SAMPLE_RATE, BadAudio, pcm_blocks
 from speechjax.data.text import Tokenizer
 from speechjax.decode import ctc
 from speechjax.decode.confidence import hypothesis_confidence

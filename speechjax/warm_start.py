@@ -19,7 +19,6 @@ from speechjax.step import State
 
 log = logging.getLogger("speechjax")
 
-
 _ABOUT_LABELS = ("prior", "scale")  # collections of heads: how often classes, and how large numbers are
 
 
@@ -57,8 +56,8 @@ def warm_start(params: Any, extra: Any, source: str, label: str = "") -> tuple[A
         raise UserError(f"config.init_from={source!r} has no {lost[0]}: use its config.model.layers")
     if dropped := [k for k in theirs if k.startswith("encoder/") and re.search(ADAPTER_LEAF, k) and k not in ours]:
         raise UserError(
-            f"config.init_from={source!r} has adapters that this model lacks, e.g. {dropped[0]}: leave the size out of "
-            "--config, or merge them first (python -m speechjax.adapter merge)"
+            f"config.init_from={source!r} has adapters that this model lacks, e.g. {dropped[0]}: give it its "
+            "config.model.adapters, or merge them first (python -m speechjax.adapter merge)"
         )
     new = [k for k in ours if not _fits(ours[k], theirs.get(k))]
     log.info(

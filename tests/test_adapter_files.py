@@ -1,6 +1,5 @@
 """Adapters in files: what comes back, what is refused, and runs with adapters merged into their weights."""
 
-import hashlib
 import json
 import logging
 import re
@@ -12,72 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
+from flax.traverse_util import unflatten_dict
 
 from speechjax import adapter
-from speechjax import config as configs
 from speechjax.adapter_files import attach, base_digest, load_adapter, save_adapter
-from speechjax.checkpoint import Checkpoints
 from speechjax.errors import UserError
 from speechjax.models.adapters import ADAPTER_LEAF
-from speechjax.runs import open_run
-from speechjax.step import State
 from speechjax.warm_start import warm_start
-from tests.drawing import draw_params
-from tests.tasks.experiments import REPO, experiment, make_batch
+from tests.adapting import BIAS, HOULSBY, IA3, LORA, build, features, flat, hashes, opened, write_base, write_run
+from tests.tasks.experiments import REPO, make_batch
 
 safetensors: Any = pytest.importorskip("safetensors")
 safetensors_numpy: Any = pytest.importorskip("safetensors.numpy")
 
-LORA = dict(kind="lora", name="low", targets="attention/(query|value)$", rank=2, alpha=6.0)
-IA3 = dict(kind="ia3", name="scales")
-HOULSBY = dict(kind="houlsby", name="serial", width=3)
-BIAS = dict(kind="bias", name="fit")
-
-
-def build(task_of: str, *adapters: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(config, task, drawn parameters) of an experiment over HuBERT's encoder with these adapters."""
-    config: Any = ConfigDict(experiment("hubert")[0].to_dict())
-    config.task = experiment(task_of)[0].task
-    for key in adapter._WORDS:
-        config.data[key] = experiment(task_of)[0].data[key]
-    config.model.adapters = adapters
-    task = configs.make_task(config)
-    batch = make_batch(task)
-    variables = jax.eval_shape(
-        lambda: task.init(dict.fromkeys(("params", *task.rngs), jax.random.key(0)), batch, step=0, train=False)
-    )
-    return config, task, draw_params(variables["params"])
-
-
-def write_run(workdir: Path, config: ConfigDict, params: Any, extra: Any = None) -> Path:
-    """A run of three updates."""
-    configs.claim_workdir(workdir, config)
-    zero = jax.numpy.int32(0)
-    state = State(
-        step=jax.numpy.int32(3), params=params, opt_state=(jax.numpy.ones(3), {"mu": params}), extra=extra or {},
-        meters={"loss": jax.numpy.zeros(2)}, skipped=zero, skipped_in_row=zero,
-    )  # fmt: skip
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, every=1)
-    checkpoints.save(3, state, {"best": {}, "model": {}, "data": ""}, force=True)
-    checkpoints.close()
-    return workdir
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    return flatten_dict(tree, sep="/")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A pretraining run."""
-    config, _, params = build("hubert")
-    return write_run(tmp_path_factory.mktemp("runs") / "base", config, params)
+    return write_base(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +62,6 @@ def lora_file(tuned_lora, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("files") / "lora.safetensors"
     assert adapter.run(["save", f"--workdir={tuned_lora}", f"--out={out}", "--include=."]) == 0
     return out
-
-
-def features(run: Any) -> np.ndarray:
-    batch = make_batch(run.task, rows=2)
-    return np.asarray(jax.jit(lambda v: run.task.apply(v, batch, method="features").frames)(run.variables))
-
-
-def opened(workdir: Path) -> Any:
-    return open_run(str(workdir), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def test_a_file_holds_what_learnt_and_brings_it_back(tuned_lora, base, lora_file):

@@ -14,8 +14,8 @@ from speechjax.adapter_files import attach, attach_state, load_adapter, save_ada
 from speechjax.data.text import load_tokenizer, make_tokenizer
 from speechjax.errors import UserError
 from speechjax.warm_start import warm_start
+from tests.adapting import LORA, build, flat, hashes, opened, write_base, write_run
 from tests.tasks.experiments import make_batch
-from tests.test_adapter_files import LORA, build, flat, hashes, opened, write_run
 
 safetensors_numpy: Any = pytest.importorskip("safetensors.numpy")
 
@@ -24,9 +24,7 @@ OURS, OTHERS = (make_tokenizer("characters", [letters]) for letters in ("abcde",
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A pretraining run."""
-    config, _, params = build("hubert")
-    return write_run(tmp_path_factory.mktemp("runs") / "base", config, params)
+    return write_base(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,14 @@ from speechjax import adapter
 from speechjax.adapter_files import attach, load_adapter
 from speechjax.errors import UserError
 from speechjax.warm_start import warm_start
-from tests.test_adapter_files import BIAS, IA3, LORA, build, features, flat, opened, write_run
+from tests.adapting import BIAS, IA3, LORA, build, features, flat, opened, write_base, write_run
 
 pytest.importorskip("safetensors")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A pretraining run."""
-    config, _, params = build("hubert")
-    return write_run(tmp_path_factory.mktemp("runs") / "base", config, params)
+    return write_base(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

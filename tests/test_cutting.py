@@ -6,8 +6,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechjax.cutting import Level, Pieces, Windows, pcm_blocks
-from speechjax.data.decode import BadAudio, decode
+from speechjax.cutting import Level, Pieces, Windows
+from speechjax.data.decode import BadAudio, decode, pcm_blocks
 from tests.speaking import EXTRA, HOP, RATE, write
 
 

@@ -20,8 +20,8 @@ SAMPLE_RATE = 16_000
 EXTENSIONS = frozenset(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph .nist".split())
 
 _BLOCK = 1 << 18  # samples over all channels held at a time
-LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000
-LOUDEST = 16.0  # float audio may overshoot full scale a little; beyond this it was never scaled to ±1
+_LOWEST_RATE, _HIGHEST_RATE = 4_000, 384_000
+_LOUDEST = 16.0  # float audio may overshoot full scale a little; beyond this it was never scaled to ±1
 _UNKNOWN = 0x7FFFF000  # sizes from here up are placeholders that streaming writers leave in headers
 _MP3_FRAME = 1_152
 
@@ -30,7 +30,7 @@ class BadAudio(Exception):  # noqa: N818 - a verdict on a file, not a failure of
     """A recording that cannot be used; the message is a short reason, equal for equal faults."""
 
 
-class ForwardReader(soundfile.SoundFile):
+class _ForwardReader(soundfile.SoundFile):
     """soundfile seeks after each read of a seekable file; a FLAC of unknown length fails so at its end."""
 
     def seekable(self) -> bool:
@@ -43,21 +43,31 @@ def decode(path: str | os.PathLike[str], offset: float = 0.0, duration: float | 
     Holds one block of the file and the result in memory. Raises `BadAudio` for what cannot be trained on; any
     other failure of the storage (OSError) passes through.
     """
+    return _useful(pcm_blocks(path, offset, duration))
+
+
+def pcm_blocks(
+    path: str | os.PathLike[str], offset: float = 0.0, duration: float | None = None
+) -> Iterator[np.ndarray]:
+    """What `decode` gives, block by block as it is read, int16 [samples]; no samples, or only silence, are no fault.
+
+    Raises as `decode` does, at the first block or where a later one shows what is wrong.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadAudio("not a file")
         with open(path, "rb", buffering=0) as raw:
             if os.fstat(raw.fileno()).st_size == 0:
                 raise BadAudio("empty file")
-            if not is_complete(raw):
+            if not _is_complete(raw):
                 raise BadAudio("truncated")
             raw.seek(0)
             try:
-                file = ForwardReader(raw.fileno(), closefd=False)
+                file = _ForwardReader(raw.fileno(), closefd=False)
             except soundfile.LibsndfileError as error:
                 raise BadAudio("not audio") from error
             with file:
-                return to_pcm16(read_blocks(file, raw, offset, duration), file.samplerate)
+                yield from _pcm16(_read_blocks(file, raw, offset, duration), file.samplerate)
     except PermissionError as error:
         raise BadAudio("no permission to read") from error
     except OSError as error:
@@ -95,22 +105,14 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
     Channels are averaged; soxr HQ resamples (aliases below -130 dB); ceil(n · 16000 / rate) samples come out.
     Raises `BadAudio` on NaN or infinity, samples far beyond full scale, no samples, and digital silence.
     """
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise BadAudio("sample rate out of range")
-    resampler = None
-    if rate != SAMPLE_RATE:
-        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    return _useful(_pcm16(blocks, rate))
+
+
+def _useful(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Blocks of int16 as one array; `BadAudio` where there is nothing to hear."""
     pcm = bytearray()  # grows in place; a list of blocks would hold a long recording twice
     for block in blocks:
-        peak = max(np.max(block), -np.min(block))
-        if not np.isfinite(peak):
-            raise BadAudio("NaN or infinite samples")
-        if peak > LOUDEST:
-            raise BadAudio("samples far beyond full scale")
-        mono = block.mean(axis=1, dtype=np.float32)
-        pcm += quantize(mono if resampler is None else resampler.resample_chunk(mono))
-    if resampler is not None:
-        pcm += quantize(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        pcm += block.data
     samples = np.frombuffer(pcm, np.int16)
     if not samples.size:
         raise BadAudio("no samples")
@@ -119,12 +121,30 @@ def to_pcm16(blocks: Iterable[np.ndarray], rate: int) -> np.ndarray:
     return samples
 
 
-def quantize(mono: np.ndarray) -> bytes:
-    """Float samples of one channel as int16."""
-    return np.clip(np.rint(mono * 32_768), -32_768, 32_767).astype(np.int16).tobytes()
+def _pcm16(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """The blocks of `to_pcm16`, one for each and one for what the resampler still has."""
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+        raise BadAudio("sample rate out of range")
+    resampler = None
+    if rate != SAMPLE_RATE:
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        peak = max(np.max(block), -np.min(block))
+        if not np.isfinite(peak):
+            raise BadAudio("NaN or infinite samples")
+        if peak > _LOUDEST:
+            raise BadAudio("samples far beyond full scale")
+        mono = block.mean(axis=1, dtype=np.float32)
+        yield _quantize(mono if resampler is None else resampler.resample_chunk(mono))
+    if resampler is not None:
+        yield _quantize(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
 
 
-def read_blocks(file: ForwardReader, raw: BinaryIO, offset: float, duration: float | None) -> Iterator[np.ndarray]:
+def _quantize(mono: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(mono * 32_768), -32_768, 32_767).astype(np.int16)
+
+
+def _read_blocks(file: _ForwardReader, raw: BinaryIO, offset: float, duration: float | None) -> Iterator[np.ndarray]:
     """Float32 blocks [samples, channels] of the wanted part; `BadAudio` if there is less than promised."""
     if offset:
         try:
@@ -152,7 +172,7 @@ def read_blocks(file: ForwardReader, raw: BinaryIO, offset: float, duration: flo
         _check_length(file, raw, done)
 
 
-def _check_length(file: ForwardReader, raw: BinaryIO, done: int) -> None:
+def _check_length(file: _ForwardReader, raw: BinaryIO, done: int) -> None:
     """Raises `BadAudio` when the `done` samples read to the end of the file cannot be all of it."""
     if file.frames >= 1 << 62:  # a streamed FLAC does not say
         return
@@ -168,7 +188,7 @@ def _check_length(file: ForwardReader, raw: BinaryIO, done: int) -> None:
         raise BadAudio("truncated")
 
 
-def is_complete(raw: BinaryIO) -> bool:
+def _is_complete(raw: BinaryIO) -> bool:
     """Whether the file holds as much as its container announces; true where that announces nothing."""
     size = os.fstat(raw.fileno()).st_size
     head = raw.read(12)

@@ -31,11 +31,10 @@ class Recognition:
         best: int = 1, lm: str = "", lm_weight: float = 0.5, token_bonus: float = 0.0, word_bonus: float = 0.0,
         lexicon: str = "", hot_words: str = "", hot_word_bonus: float = 2.0, ctc_weight: float = 0.3,
     ):  # fmt: skip
-        self.job, self.every, self.group = job, every, group
+        self.job, self.every = job, every
         if job.data.transcripts is None:
             raise UserError("recognition needs transcripts: set config.data.text")
-        if group:
-            _groups.labels(job.data.records, _answers.held_out(job).tolist(), group)
+        self._groups = _groups.read(job.data.records, _answers.held_out(job), group)
         self.tokenizer = job.data.transcripts.tokenizer
         decoding = Decoding(
             search=search, beams=beams, symbols=symbols, best=best, lm=lm, lm_weight=lm_weight, token_bonus=token_bonus,
@@ -62,10 +61,9 @@ class Recognition:
             found = bootstrap.interval(judged[kind].errors, judged[kind].lengths)
             metrics |= {f"{kind}_error": found.value, f"{kind}_error_low": found.low, f"{kind}_error_high": found.high}
         first = next(iter(judged.values()))
-        if self.group:
-            kind = next(iter(judged))
-            examples = [i for i, *_ in rows]
-            labels = _groups.labels(self.job.data.records, examples, self.group)
+        if self._groups:
+            kind, examples = next(iter(judged)), [i for i, *_ in rows]
+            labels = [self._groups[i] for i in examples]
             blocks = _groups.blocks(self.job.data.records, np.array(examples))
             metrics |= _groups.show(self.job, step, f"{kind}_error", first.errors, first.lengths, labels, blocks=blocks)
         self._show(step, name, rows, first)

@@ -33,11 +33,10 @@ class Translation:
         self, job: Job, *, every: int, group: str = "", tokenize: str = "13a", search: str = "greedy", beams: int = 5,
         token_bonus: float = 0.0, ctc_weight: float = 0.0,
     ):  # fmt: skip
-        self.job, self.every, self.group, self.tokenize = job, every, group, tokenize
+        self.job, self.every, self.tokenize = job, every, tokenize
         if job.data.transcripts is None:
             raise UserError("translation needs texts: set config.data.text and config.data.text_field")
-        if group:
-            _groups.labels(job.data.records, _answers.held_out(job).tolist(), group)
+        self._groups = _groups.read(job.data.records, _answers.held_out(job), group)
         self.tokenizer = job.data.transcripts.tokenizer
         decoding = Decoding(search=search, beams=beams, token_bonus=token_bonus, ctc_weight=ctc_weight)
         self._decode = Recognizer(job.task, self.tokenizer, decoding, sharding.replicated(job.mesh))
@@ -63,8 +62,8 @@ class Translation:
         for metric, scorer in scorers.items():
             found = bootstrap.interval_of(scorer.score, len(rows), resamples=_RESAMPLES)
             metrics |= _answers.limited(metric, found)
-        if self.group:
-            names = _groups.labels(records, examples, self.group)
+        if self._groups:
+            names = [self._groups[i] for i in examples]
             by_group = groups.by_group(
                 scorers["bleu"].score, names, min_size=_groups.enough(names), higher_is_better=True,
                 resamples=_RESAMPLES,
