@@ -161,12 +161,14 @@ def deltas(features: jax.Array, lengths: jax.Array, *, width: int = 9, order: in
     return zero_padding(slopes, jnp.where(lengths >= width, lengths, 0)), lengths
 
 
-def cmvn(features: jax.Array, lengths: jax.Array, *, variance: bool = True) -> tuple[jax.Array, jax.Array]:
+def cmvn(
+    features: jax.Array, lengths: jax.Array, *, variance: bool = True, sample: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Cepstral mean and variance normalisation over each utterance (Viikki and Laurila, 1998).
 
     features: [B, T, F] float. lengths: [B] int32, frames. Returns [B, T, F] and the lengths: over a row's valid frames
-    every feature has mean 0 and, with `variance`, (population) variance 1. A feature that varies by no more than its
-    own rounding error, as in silence or a row of one frame, is 0 throughout.
+    every feature has mean 0 and, with `variance`, variance 1: that of the population, or of the `sample`. A feature
+    that varies by no more than its own rounding error, as in silence or a row of one frame, is 0 throughout.
     """
     mask = frame_mask(features.shape[1], lengths)
     features = zero_padding(features, lengths)
@@ -175,7 +177,7 @@ def cmvn(features: jax.Array, lengths: jax.Array, *, variance: bool = True) -> t
     centred = jnp.where(mask, features - mean, 0.0)
     if not variance:
         return centred, lengths
-    power = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / count
+    power = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (jnp.maximum(count - 1, 1) if sample else count)
     rounding = jnp.square(16.0 * float(jnp.finfo(features.dtype).eps) * mean)
     varies = power > rounding
     # The gradient of a square root is infinite at 0 even where its value is not taken.

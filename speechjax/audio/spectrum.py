@@ -42,8 +42,7 @@ def framed(
         signal = _reflected(signal, lengths, before)
     else:
         signal = jnp.pad(signal, ((0, 0), (before, size - before)))
-    index = np.arange(n_frames)[:, None] * hop + np.arange(size)[None]
-    return signal[:, index], _n_frames(lengths, hop, size, framing)
+    return _pieces(signal, n_frames, size, hop), _n_frames(lengths, hop, size, framing)
 
 
 def stft(audio: jax.Array, lengths: jax.Array, *, n_fft: int = 400, hop: int = 160) -> tuple[jax.Array, jax.Array]:
@@ -91,13 +90,26 @@ def hann(size: int) -> np.ndarray:
 
 
 def _n_frames(samples: Any, hop: int, size: int, framing: Framing) -> Any:
-    """Of an int or of a traced array of them."""
-    at_least, at_most = (max, min) if isinstance(samples, int) else (jnp.maximum, jnp.minimum)
+    """Of an int, a symbolic dimension, or a traced array of ints."""
+    at_least, at_most = (jnp.maximum, jnp.minimum) if isinstance(samples, jax.Array | np.ndarray) else (max, min)
     if framing == "whole":
         return at_least((samples - size) // hop + 1, 0)
     if framing == "reflected":
         return samples // hop
     return samples // hop + at_most(samples, 1)
+
+
+def _pieces(signal: jax.Array, count: int, size: int, hop: int) -> jax.Array:
+    """`count` pieces of `size` samples that begin `hop` apart, [B, S] -> [B, count, size].
+
+    Shifted views of blocks of a hop, side by side: no gather, and `count` may be symbolic (jax.export).
+    """
+    rows, samples = signal.shape
+    views = -(-size // hop)
+    needed = (count - 1 + views) * hop
+    signal = jnp.pad(signal, ((0, 0), (0, max(needed - samples, 0))))[:, :needed]
+    blocks = signal.reshape(rows, count - 1 + views, hop)
+    return jnp.concatenate([blocks[:, i : i + count] for i in range(views)], axis=-1)[..., :size]
 
 
 def _reflected(signal: jax.Array, lengths: jax.Array, edge: int) -> jax.Array:

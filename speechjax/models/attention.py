@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speechjax.errors import UserError
 from speechjax.models.layers import frame_mask, frame_positions
@@ -95,7 +96,11 @@ class SelfAttention(nn.Module):
         def project(name):
             return nn.Dense(D, dtype=self.dtype, kernel_init=init, name=name)
 
-        q, k, v = (project(n)(x).reshape(B, T, self.heads, D // self.heads) for n in ("query", "key", "value"))
+        by_head = lambda x: x.reshape(B, T, self.heads, D // self.heads)  # noqa: E731
+        turned = rotate(by_head(x)).reshape(B, T, D) if options.positions == "rotary_inputs" else x
+        if options.positions == "rotary_inputs" and streams(self):
+            raise UserError("config.model.attention.positions='rotary_inputs' cannot be streamed: use 'rotary'")
+        q, k, v = (by_head(project(n)(y)) for n, y in (("query", turned), ("key", turned), ("value", x)))
         bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         content = q
         if streams(self):
@@ -109,6 +114,8 @@ class SelfAttention(nn.Module):
         if options.positions == "relative":
             q, bias = self._by_distance(q, S)
             content = q
+        if options.positions == "shaw":
+            bias = self._by_clipped_distance(q, S, options)
         if options.gated:
             bias = bias * self._gate(x)
         dropout = nn.Dropout(self.dropout) if self.dropout else None
@@ -130,6 +137,16 @@ class SelfAttention(nn.Module):
         keys = nn.Dense(H * E, use_bias=False, dtype=self.dtype, kernel_init=init, name="distance")(encoded)
         scores = jnp.einsum("bthe,jhe->bhtj", (q + distance) * E**-0.5, keys.reshape(S + T - 1, H, E))
         return q + content, relative_shift(scores).astype(jnp.float32)
+
+    def _by_clipped_distance(self, q, S, options):
+        """Products of queries [B, T, H, E] with the vectors of their keys' distances: float32 [B, H, T, S]."""
+        T, E = q.shape[1], q.shape[3]
+        before, after = options.before, options.after
+        table = self.param("distance_table", nn.initializers.normal(0.02), (before + after + 1, E))
+        # From S - 1 frames before the query to T - 1 after it.
+        row = np.clip(np.arange(1 - S, T), -before, after) + before
+        scores = jnp.einsum("bthe,je->bhtj", q * E**-0.5, table.astype(q.dtype)[row])
+        return relative_shift(scores).astype(jnp.float32)
 
     def _gate(self, x):
         """WavLM's gate of the bias, 1.75 at first: [B, T, D] -> float32 [B, H, T, 1].

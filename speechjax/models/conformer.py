@@ -13,10 +13,13 @@ from jax import lax
 
 from speechjax.errors import UserError
 from speechjax.models.attention import SelfAttention
+from speechjax.models.batch_norm import BatchNorm
 from speechjax.models.block import Block
-from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, shard_batch, zero_padding
+from speechjax.models.layers import LayerNorm, fan_in_uniform, frame_mask, gelu, shard_batch, zero_padding
 from speechjax.models.recall import recall
 from speechjax.models.relative import AttentionOptions
+
+ACTIVATIONS = {"swish": nn.swish, "gelu": gelu}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -95,75 +98,96 @@ class MaskedGroupNorm(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """Pointwise, GLU, depthwise, norm, swish, pointwise: [B, T, D], [B] or [B, T] -> [B, T, D].
+    """Pointwise, GLU, depthwise, norm, activation, pointwise: [B, T, D], [B] or [B, T] -> [B, T, D].
 
-    Published with batch norm, whose statistics mix utterances, hosts and padding.  `norm="layer"` normalises each
+    Published with batch norm ("batch"), whose statistics mix utterances.  `norm="layer"` normalises each
     frame; "group" over the valid frames of a row, so neither packed rows nor `causal`, which raise UserError.
+    Without `bias` none of the three products has one.  With `leaky` padding enters the convolution, as in
+    transformers' wav2vec 2.0 conformers: for comparisons.
     """
 
     kernel: int
     norm: str
     causal: bool
+    bias: bool = True
+    activation: str = "swish"
+    leaky: bool = False
     groups: int = 16
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, lengths: jax.Array, train: bool) -> jax.Array:
         D, K = x.shape[-1], self.kernel
-        if self.norm not in ("layer", "group"):
-            raise UserError(f"config.model.block.conv_norm={self.norm!r}: expected 'layer' or 'group'")
+        if self.norm not in ("layer", "group", "batch"):
+            raise UserError(f"config.model.block.conv_norm={self.norm!r}: expected 'layer', 'group' or 'batch'")
         if self.norm == "group" and (self.causal or lengths.ndim == 2):
             cause = "look ahead" if self.causal else "mix the utterances of a packed row"
             raise UserError(f"config.model.block.conv_norm='group' runs over time and would {cause}: use 'layer'")
         init = nn.initializers.normal(0.02)
-        x = nn.glu(nn.Dense(2 * D, dtype=self.dtype, kernel_init=init, name="pointwise_in")(x))
+        dense: Any = partial(nn.Dense, use_bias=self.bias, dtype=self.dtype, kernel_init=init)
+        x = nn.glu(dense(2 * D, name="pointwise_in")(x))
         kernel = self.param("depthwise_kernel", fan_in_uniform(K), (K, D))
-        bias = self.param("depthwise_bias", nn.initializers.zeros, (D,))
         segments = lengths if lengths.ndim == 2 else None
         left = K - 1 if self.causal else K // 2
         # What stands in padding was zero before the layers, not after their biases and norms.
-        x, past = recall(self, "past", zero_padding(x, lengths), left)
+        x, past = recall(self, "past", x if self.leaky else zero_padding(x, lengths), left)
         y: Any = depthwise_conv(x, kernel.astype(self.dtype), left, segments)
-        x = y[:, past:] + bias.astype(self.dtype)[None, None]
-        if self.norm == "group":
+        x = y[:, past:]
+        if self.bias:
+            x = x + self.param("depthwise_bias", nn.initializers.zeros, (D,)).astype(self.dtype)[None, None]
+        if self.norm == "batch":
+            x = BatchNorm(self.dtype, name="norm")(x, frame_mask(lengths, x.shape[1]), train)
+        elif self.norm == "group":
             x = MaskedGroupNorm(self.groups, self.dtype, name="norm")(x, lengths)
         else:
             x = LayerNorm(out_dtype=self.dtype, name="norm")(x)
-        return nn.Dense(D, dtype=self.dtype, kernel_init=init, name="pointwise_out")(nn.swish(x))
+        return dense(D, name="pointwise_out")(ACTIVATIONS[self.activation](x))
 
 
 class ConformerLayer(Block):
     """Half a feed-forward step, attention, convolution, half a step, norm: [B, T, D], [B] or [B, T] -> two [B, T, D].
 
     Gulati et al. 2020, section 2.4, with dropout as there.  The second output is the last feed-forward branch before
-    it is halved, dropped out and added.  Every branch normalises its own input, so `norm` must be "pre" (UserError).
-    Where `attention` has chunks, the convolution sees no later frame.
+    it is halved, dropped out and added.  Every branch normalises its own input, so `norm` must be "pre", or "none":
+    then no norm follows the last layer (w2v-BERT 2.0).  Raises UserError for "post" and unknown names.
+    Where `attention` has chunks, and with `causal_conv`, the convolution sees no later frame.  `conv_bias` and `leaky`
+    are those of `ConvModule`; `activation` "swish", or "gelu", is that of all branches.
     """
 
     kernel: int = 31
     conv_norm: str = "layer"
+    conv_bias: bool = True
+    causal_conv: bool = False
+    activation: str = "swish"
+    leaky: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, lengths: jax.Array, train: bool, bias: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        if self.norm != "pre":
+        if self.norm not in ("pre", "none"):
             raise UserError(f"config.model.norm={self.norm!r}: conformer layers normalise their inputs: set 'pre'")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"config.model.block.activation={self.activation!r}: choose from {', '.join(ACTIVATIONS)}")
         drop = nn.Dropout(self.dropout, deterministic=not train)
         norm = lambda name: LayerNorm(out_dtype=self.dtype, name=name)  # noqa: E731
         attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, self.attention, name="attention")
-        causal = AttentionOptions(**self.attention).causal
-        conv = ConvModule(self.kernel, self.conv_norm, causal, dtype=self.dtype, name="conv")
+        causal = self.causal_conv or AttentionOptions(**self.attention).causal
+        conv = ConvModule(
+            self.kernel, self.conv_norm, causal, self.conv_bias, self.activation, self.leaky, dtype=self.dtype,
+            name="conv",
+        )  # fmt: skip
         y = shard_batch(x)
         y = y + 0.5 * drop(self._mlp(norm("mlp1_norm")(y), train, "mlp1"))
         y = y + drop(attend(norm("attention_norm")(y), lengths, train=train, bias=bias))
-        y = y + drop(conv(norm("conv_norm")(y), lengths))
+        y = y + drop(conv(norm("conv_norm")(y), lengths, train))
         mlp = self._mlp(norm("mlp2_norm")(y), train, "mlp2")
         y = norm("norm")(y + 0.5 * drop(mlp))
         return self.unless_dropped(y, x, train), mlp
 
     def _mlp(self, x, train, name):
         init = nn.initializers.normal(0.02)
-        hidden = nn.swish(nn.Dense(self.mlp, dtype=self.dtype, kernel_init=init, name=f"{name}_up")(x))
+        up = nn.Dense(self.mlp, dtype=self.dtype, kernel_init=init, name=f"{name}_up")
+        hidden = ACTIVATIONS[self.activation](up(x))
         hidden = nn.Dropout(self.activation_dropout, deterministic=not train)(hidden)
         return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name=f"{name}_down")(hidden)

@@ -105,8 +105,11 @@ class WaveformExtractor(nn.Module):
     """The convolutional feature encoder of wav2vec 2.0 (section 2): [B, S], [B] -> [B, T, C], [B].
 
     `norm="group"` normalises the first layer over time (Base); `"layer"` normalises every layer over channels
-    (Large).  `normalize` gives each waveform zero mean and unit variance first, from `statistics` (mean and
-    standard deviation of the whole recording, [B] each) where given, else from the valid samples of the row.
+    (Large).  With `leaky` the norm over time has the padding in its statistics, as fairseq's and transformers' have:
+    what a row becomes then depends on the rows it is with; for comparisons with those.
+
+    `normalize` gives each waveform zero mean and unit variance first, from `statistics` (mean and standard deviation of
+    the whole recording, [B] each) where given, else from the valid samples of the row.
 
     Packed rows come with `starts`, the first samples of their segments, multiples of the hop; starts, `lengths` and
     `statistics` are then [B, G] (length 0: no such segment) and the second output is segment ids [B, T] (`lengths`:
@@ -120,6 +123,7 @@ class WaveformExtractor(nn.Module):
     norm: str = "group"
     bias: bool = False
     normalize: bool = False
+    leaky: bool = False
     dtype: Any = jnp.float32
 
     def out_len(self, samples: Any) -> Any:
@@ -167,7 +171,8 @@ class WaveformExtractor(nn.Module):
         layers = list(zip(self.channels, self.kernels, self.strides, strict=True))
         for i, (channels, K, stride) in enumerate(layers):
             if i == 0 and self.norm == "group":
-                valid = conv_out_len(lengths, (K,), (stride,))
+                whole = jnp.full_like(lengths, x.shape[1])
+                valid = conv_out_len(whole if self.leaky else lengths, (K,), (stride,))
                 x = GroupNormConv(channels, K, stride, self.dtype, name="conv0")(x, valid)
                 continue
             kernel = self.param(f"conv{i}_kernel", kernel_init, (K, x.shape[-1], channels))

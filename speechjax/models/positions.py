@@ -69,7 +69,7 @@ class ConvPositions(nn.Module):
     With `depth` 1, one weight-normalised convolution and GELU (wav2vec 2.0, section 2): one gain a kernel tap, not a
     channel; the gains start at the norms, so the first kernel is its own direction.  With more, data2vec's stack
     (arXiv 2202.03555, section 4; the published code): `depth` times convolution of width `kernel`, layer norm without
-    gain or bias, GELU.
+    gain or bias, GELU.  With `leaky` padding enters this stack, as in fairseq and transformers: for comparisons.
 
     The caller zeroes padded frames first.  Segments of packed rows (`lengths`: see layers.py) start at multiples of
     `FRAMES_PER_ROW` frames.
@@ -78,6 +78,7 @@ class ConvPositions(nn.Module):
     kernel: int = 128
     groups: int = 16
     depth: int = 1
+    leaky: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -106,7 +107,7 @@ class ConvPositions(nn.Module):
         init = fan_in_uniform(K * D // self.groups)
         for i in range(self.depth):
             # A padded frame becomes the bias, normalised, in the first convolution: the second would let it in.
-            x = zero_padding(x, lengths)
+            x = x if self.leaky else zero_padding(x, lengths)
             kernel, bias = self.param(f"conv{i}_kernel", init, shape), self.param(f"conv{i}_bias", init, (D,))
             y = conv(x, kernel, bias, f"past{i}")
             x = gelu(LayerNorm(out_dtype=self.dtype, use_bias=False, use_scale=False, name=f"norm{i}")(y))

@@ -17,17 +17,20 @@ from speechjax.errors import UserError
 from speechjax.models.positions import angles
 from speechjax.models.recall import streams
 
-KINDS = ("none", "rotary", "alibi", "buckets", "relative")
+KINDS = ("none", "rotary", "rotary_inputs", "alibi", "buckets", "relative", "shaw")
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
     """The attention block of a config: which positions attention knows, and how far it sees.
 
-    positions  "none"; "rotary" (RoFormer, arXiv 2104.09864); "alibi" (arXiv 2108.12409, symmetric and with a learned
+    positions  "none"; "rotary" (RoFormer, arXiv 2104.09864), "rotary_inputs" the same on what is projected to queries
+               and keys (fairseq's conformers); "alibi" (arXiv 2108.12409, symmetric and with a learned
                scale a head, as data2vec 2.0, arXiv 2212.07525, has it); "buckets" (T5, arXiv 1910.10683, section 2.1);
-               "relative" (Transformer-XL, arXiv 1901.02860, section 3.3, as in conformers)
+               "relative" (Transformer-XL, arXiv 1901.02860, section 3.3, as in conformers); "shaw" (arXiv 1803.02155,
+               equation 4, as in w2v-BERT 2.0): a vector a distance, met by the query
     gated      of "buckets": every query weighs the bias by a gate (WavLM, arXiv 2110.13900, section 3.1)
+    before     of "shaw": keys so many frames before their query, or more, share one vector; `after`: after it
     buckets    of "buckets": how many, half of them for keys to the right; `max_distance` and beyond share one
     chunk      0: all frames see all; n: a frame sees its chunk of n frames and those before it, so 1 is causal
     left       of chunks: how many earlier ones are seen, -1 for all
@@ -37,6 +40,8 @@ class AttentionOptions:
     gated: bool = False
     buckets: int = 320
     max_distance: int = 800
+    before: int = 64
+    after: int = 8
     chunk: int = 0
     left: int = -1
 
@@ -51,6 +56,8 @@ class AttentionOptions:
                 f"{where}: buckets={self.buckets} must be a multiple of 4 and max_distance={self.max_distance} more "
                 "than a quarter of it"
             )
+        if min(self.before, self.after) < 0:
+            raise UserError(f"{where}: before={self.before} and after={self.after} must be at least 0")
         if self.chunk < 0 or self.left < -1 or (self.left >= 0 and not self.chunk):
             raise UserError(
                 f"{where}: chunk={self.chunk} must be at least 0 and left={self.left} at least -1; left needs a chunk"
@@ -133,14 +140,16 @@ class SharedBias(nn.Module):
         if self.options.positions not in ("alibi", "buckets"):
             return None
         past = self.options.past if streams(self) else 0
-        distances = np.arange(1 - frames - past, frames)
+        distances = jnp.arange(1 - frames - past, frames, dtype=jnp.int32)  # symbolic in exported programs
         if self.options.positions == "alibi":
             scale = self.param("scale", nn.initializers.ones, (self.heads,))
             slopes = jnp.maximum(scale, 0) * jnp.asarray(alibi_slopes(self.heads), jnp.float32)
-            by_distance = -slopes[:, None] * jnp.asarray(np.abs(distances)[None], jnp.float32)
+            by_distance = -slopes[:, None] * jnp.abs(distances)[None].astype(jnp.float32)
         else:
             shape = (self.options.buckets, self.heads)
             table = self.param("table", nn.initializers.normal(0.02), shape)
-            by_distance = table[distance_buckets(distances, self.options.buckets, self.options.max_distance)].T
-        rows = jnp.broadcast_to(by_distance[:, None], (self.heads, frames, len(distances)))
+            far = self.options.max_distance  # and beyond are one bucket
+            bucket = jnp.asarray(distance_buckets(np.arange(-far, far + 1), self.options.buckets, far), jnp.int32)
+            by_distance = table[bucket[jnp.clip(distances, -far, far) + far]].T
+        rows = jnp.broadcast_to(by_distance[:, None], (self.heads, frames, distances.shape[0]))
         return relative_shift(rows)

@@ -104,32 +104,46 @@ class OnlineNorm(nn.Module):
 
 def _leaky_sum(keep: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
     """y[n] = keep[n] y[n - 1] + x[n], y[-1] = start: [B, N, 1], [B, N, F], [B, F] -> [B, N, F]."""
+    if not isinstance(x.shape[1], int):  # symbolic (jax.export): how deep the tree is would not be known
+        return _leaky_sum_in_turn(keep, x, start)
     kept_since, y = lax.associative_scan(lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (keep, x), axis=1)
     return y + kept_since * start[:, None]
 
 
-def sinusoids_2d(columns: int, rows: int, channels: int) -> np.ndarray:
+def _leaky_sum_in_turn(keep: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
+    """`_leaky_sum`, a frame at a time."""
+
+    def step(y, now):
+        y = now[0] * y + now[1]
+        return y, y
+
+    return lax.scan(step, start, (keep.transpose(1, 0, 2), x.transpose(1, 0, 2)))[1].transpose(1, 0, 2)
+
+
+def sinusoids_2d(columns: Any, rows: int, channels: int) -> Any:
     """Fixed positions of a grid of patches, float32 [columns * rows, channels], the rows of a column side by side.
 
     Half of the channels encode the column (time), half the row (frequency), each as sines, then cosines, of
-    wavelengths from 2 pi to 20000 pi (Vaswani et al. 2017, section 3.5).  `channels` is a multiple of 4.
+    wavelengths from 2 pi to 20000 pi (Vaswani et al. 2017, section 3.5).  `channels` is a multiple of 4.  Computed on
+    the host, unless `columns` is symbolic (jax.export).
     """
-    rates = 10000.0 ** (-np.arange(channels // 4) / (channels // 4))
+    xp: Any = np if isinstance(columns, int) else jnp
+    rates = xp.asarray(10000.0 ** (-np.arange(channels // 4) / (channels // 4)))
 
-    def encode(places: np.ndarray) -> np.ndarray:
-        angles = places[:, None] * rates
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    def encode(places):
+        angles = places[:, None].astype(rates.dtype) * rates[None]
+        return xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=1)
 
-    column, row = np.divmod(np.arange(columns * rows), rows)
-    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+    column, row = xp.divmod(xp.arange(columns * rows), rows)
+    return xp.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
 class SpectralFrontend(nn.Module):
     """What the spectral front ends share.
 
     `normalize="utterance"` gives every feature mean 0 and variance 1 over the valid frames of a row (constant
-    features become 0), "online" about that over the frames so far (`OnlineNorm`); "none" leaves the logarithms as they
-    are.
+    features become 0), "sample" the same with the unbiased variance (w2v-BERT 2.0), "online" about that over the
+    frames so far (`OnlineNorm`); "none" leaves the logarithms as they are.
 
     Raises UserError for unknown values, and for packed rows, which `packs()` says are not supported.
     """
@@ -173,14 +187,15 @@ class SpectralFrontend(nn.Module):
 
     def normalized(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frames as `normalize` says, zero in the padding: [B, N, F], [B] -> float32 [B, N, F], [B]."""
-        if self.normalize not in ("online", "utterance", "none"):
+        if self.normalize not in ("online", "utterance", "sample", "none"):
             raise UserError(
-                f"config.model.frontend.normalize={self.normalize!r}: expected 'online', 'utterance' or 'none'"
+                f"config.model.frontend.normalize={self.normalize!r}: expected 'online', 'utterance', 'sample' or "
+                "'none'"
             )
         x = zero_padding(x.astype(jnp.float32), lengths)
         if self.normalize == "online":
             return zero_padding(self.online_norm(x), lengths), lengths
-        return cmvn(x, lengths) if self.normalize == "utterance" else (x, lengths)
+        return (x, lengths) if self.normalize == "none" else cmvn(x, lengths, sample=self.normalize == "sample")
 
 
 class BandFrontend(SpectralFrontend):
@@ -205,7 +220,7 @@ class BandFrontend(SpectralFrontend):
     def _frames(self, samples: Any) -> Any:
         """Frames at 100 Hz of `samples`, an int or an array of them."""
         frames = (samples - self._edge()) // HOP
-        return max(frames, 0) if isinstance(samples, int) else jnp.maximum(frames, 0)
+        return jnp.maximum(frames, 0) if isinstance(samples, jax.Array | np.ndarray) else max(frames, 0)
 
     def _bands(self, audio, lengths):
         if self.convention not in CONVENTIONS:

@@ -27,7 +27,8 @@ class Speaker(_classes.ClassHead):
     `label` int32 [B] is the speaker, -1 for none.  A linear layer makes the embedding, `embedding` wide, of the pooled
     frames: "mean" and "attention" as in `PooledHead`, or "xvector": time-delay layers of `tdnn` channels, the last of
     `tdnn_top`, then mean and deviation over frames (Snyder et al. 2018, ICASSP, table 1; as in SUPERB without batch
-    norm, and without the second embedding layer).  Embeddings answer with length 1.
+    norm).  With `second_layer` a linear layer stands between embeddings and scores, which only training passes (as
+    published, and in transformers).  Embeddings answer with length 1.
 
     `loss` "softmax" is the cross-entropy of a linear map of the embedding.  The others compare directions, the scores
     being `scale` times cosines to a vector a speaker, and make the right one worse by `margin`: "am" takes it from the
@@ -45,6 +46,7 @@ class Speaker(_classes.ClassHead):
     loss: str
     margin: float
     scale: float
+    second_layer: bool = False
 
     poolings = ("mean", "attention", "xvector")
 
@@ -59,6 +61,8 @@ class Speaker(_classes.ClassHead):
             self.xvector = XVector(self.tdnn, self.tdnn_top)
             width = 2 * self.tdnn_top
         self.embed = _classes.linear(width, self.embedding)
+        if self.second_layer:
+            self.second = _classes.linear(self.embedding, self.embedding)
         if self.loss == "softmax":
             self.head = _classes.linear(self.embedding, self.classes)
         else:
@@ -73,16 +77,18 @@ class Speaker(_classes.ClassHead):
         x = self.project(x) if self.projection else x
         return self.embed(self.xvector(x, encoded.lengths))
 
+    def _scores(self, embedding: jax.Array) -> jax.Array:
+        """Of every speaker, without margin or scale: [B, E] -> [B, V]."""
+        x = self.second(embedding) if self.second_layer else embedding
+        return self.head(x) if self.loss == "softmax" else unit(x) @ unit(self.prototypes, axis=0)
+
     def score(
         self, encoded: Encoded, batch: dict[str, jax.Array], *, step: jax.Array, train: bool
     ) -> tuple[Sums, Sums]:
         label, seen = self.known(encoded, batch), self.seen.value
-        embedding = self._embedding(encoded, train)
-        if self.loss == "softmax":
-            scores = logits = self.head(embedding)
-            lost = 0.0
-        else:
-            scores = unit(embedding) @ unit(self.prototypes, axis=0)
+        scores = logits = self._scores(self._embedding(encoded, train))
+        lost = 0.0
+        if self.loss != "softmax":
             logits = margin_logits(scores, label, self.loss, self.margin, self.scale)
             lost = self.scale * (self.margin if self.loss == "am" else math.sin(self.margin))
         n = _classes.over_labelled(label, jnp.ones_like(label))
@@ -103,8 +109,7 @@ class Speaker(_classes.ClassHead):
     def predict(self, batch: dict[str, jax.Array], *, step: jax.Array) -> dict[str, jax.Array]:
         """What a picture shows: speaker and likeliest speaker of the utterance, at each of its frames [B, T]."""
         encoded = self.encode(batch, train=False)
-        embedding = self._embedding(encoded, train=False)
-        scores = self.head(embedding) if self.loss == "softmax" else embedding @ unit(self.prototypes, axis=0)
+        scores = self._scores(self._embedding(encoded, train=False))
         true, predicted = (
             _classes.spread(x, encoded.lengths, encoded.frames.shape[1])
             for x in (batch[self.label], jnp.argmax(scores, axis=1))
@@ -140,7 +145,7 @@ class XVector(nn.Module):
 
 
 def statistics(x: jax.Array, inside: jax.Array) -> jax.Array:
-    """Mean and standard deviation over the frames of `inside`: [B, T, C], bool [B, T] -> float32 [B, 2 C].
+    """Mean and (sample) standard deviation over the frames of `inside`: [B, T, C], bool [B, T] -> float32 [B, 2 C].
 
     A row without such frames has the mean 0.
     """
@@ -149,7 +154,9 @@ def statistics(x: jax.Array, inside: jax.Array) -> jax.Array:
     mean = jnp.sum(x, axis=1) / count
     off = jnp.where(inside[..., None], x - mean[:, None], 0)
     # sqrt has no slope at zero.
-    return jnp.concatenate([mean, jnp.sqrt(jnp.sum(jnp.square(off), axis=1) / count + 1e-6)], axis=1)
+    return jnp.concatenate(
+        [mean, jnp.sqrt(jnp.sum(jnp.square(off), axis=1) / jnp.maximum(count - 1, 1) + 1e-12)], axis=1
+    )
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:

@@ -229,7 +229,7 @@ def test_chunks_see_themselves_and_the_past(chunk, left):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(positions="rope"), r"positions='rope'.*rotary, alibi"),
+        (dict(positions="rope"), r"positions='rope'.*rotary, .*alibi"),
         (dict(gated=True), "gated=True needs positions='buckets', not 'none'"),
         (dict(positions="buckets", buckets=6), "buckets=6 must be a multiple of 4"),
         (dict(positions="buckets", buckets=8, max_distance=2), "max_distance=2 more"),

@@ -133,7 +133,7 @@ def test_x_vectors_see_whole_contexts_only():
             y = np.array([sum(y[t + j * dilation] @ layer["kernel"][j] for j in range(size)) for t in frames])
             y = np.maximum(y + layer["bias"], 0)
         assert len(y) == n - 2 * EDGE
-        deviation = np.sqrt(y.var(axis=0) + 1e-6)
+        deviation = np.sqrt(y.var(axis=0, ddof=1) + 1e-12)
         np.testing.assert_allclose(found[row], np.concatenate([y.mean(axis=0), deviation]), rtol=1e-4, atol=1e-5)
     noisy = np.where(np.arange(24)[None, :, None] < counts[:, None, None], x, np.nan).astype(np.float32)
     np.testing.assert_array_equal(apply(noisy), found)
