@@ -50,19 +50,24 @@ def map_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [match(rules, names, what) for names in leaf_names(tree)])
 
 
+_STACKED, _SINGLE = re.compile(r"^(.*transformer/)layers/"), re.compile(r"^(.*transformer/)layer(\d+)/")
+
+
+def unstacked(leaves: dict[str, Any]) -> dict[str, Any]:
+    """`leaves` with the layers of a stack one by one: "layers/..." [L, ...] becomes "layer0/..." and so on."""
+    found = {k: _STACKED.match(k) for k in leaves}
+    split = {k.replace("/layers/", f"/layer{i}/"): v[i] for k, v in leaves.items() if found[k] for i in range(len(v))}
+    return {k: v for k, v in leaves.items() if not found[k]} | split
+
+
 def restacked(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """`theirs` with layers stacked, or one by one, as `ours` has them."""
-    stacked, single = re.compile(r"^(.*transformer/)layers/"), re.compile(r"^(.*transformer/)layer(\d+)/")
-    if any(map(stacked.match, theirs)) and any(map(single.match, ours)):
-        found = {k: stacked.match(k) for k in theirs}
-        split = {
-            k.replace("/layers/", f"/layer{i}/"): v[i] for k, v in theirs.items() if found[k] for i in range(len(v))
-        }
-        return {k: v for k, v in theirs.items() if not found[k]} | split
-    if any(map(single.match, theirs)) and any(map(stacked.match, ours)):
+    if any(map(_STACKED.match, theirs)) and any(map(_SINGLE.match, ours)):
+        return unstacked(theirs)
+    if any(map(_SINGLE.match, theirs)) and any(map(_STACKED.match, ours)):
         together: dict[str, list[Any]] = {}
-        for k in sorted(filter(single.match, theirs), key=lambda k: int(single.match(k)[2])):  # type: ignore[index]
-            together.setdefault(single.sub(r"\1layers/", k), []).append(theirs[k])
-        rest = {k: v for k, v in theirs.items() if not single.match(k)}
+        for k in sorted(filter(_SINGLE.match, theirs), key=lambda k: int(_SINGLE.match(k)[2])):  # type: ignore[index]
+            together.setdefault(_SINGLE.sub(r"\1layers/", k), []).append(theirs[k])
+        rest = {k: v for k, v in theirs.items() if not _SINGLE.match(k)}
         return rest | {k: np.stack(v) for k, v in together.items()}
     return theirs

@@ -66,9 +66,17 @@ def read_config(workdir: Path) -> ConfigDict:
     if not file.is_file():
         raise UserError(f"{workdir}: not the workdir of a run, there is no config.json")
     try:
-        return ConfigDict(_tuples(json.loads(file.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError, AttributeError) as error:
+        return config_of(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except ValueError as error:
         raise UserError(f"{file} is not the config of a run: {error}") from error
+
+
+def config_of(content: Any, source: str) -> ConfigDict:
+    """The config that JSON from `source` says; UserError where it is none."""
+    try:
+        return ConfigDict(_tuples(content))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{source} is not the config of a run: {error}") from error
 
 
 def _tuples(tree: Any) -> Any:

@@ -213,6 +213,34 @@ class Phonemes(Tokenizer):
         return {"voice": self.voice}
 
 
+class Symbols(Tokenizer):
+    """Tokens of any length, as models of other stacks bring them; a text is cut into the longest that fit."""
+
+    kind = "symbols"
+
+    def __init__(self, tokens: Iterable[str], steps: str) -> None:
+        super().__init__(tokens, steps)
+        self._longest = max(map(len, self._ids), default=1)
+
+    @classmethod
+    def learn(cls, texts: Iterable[str], steps: str, argument: str) -> Self:
+        raise UserError(
+            "tokenizer symbols: these come with a converted model (python -m speechjax.convert), not of texts"
+        )
+
+    def _symbols(self, text: str) -> list[str]:
+        found, at = [], 0
+        while at < len(text):
+            ends = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((n for n in ends if text[at : at + n] in self._ids), 1)
+            found.append(text[at : at + size])
+            at += size
+        return found
+
+    def _join(self, symbols: list[str]) -> str:
+        return "".join(symbols)
+
+
 class SentencePiece(Tokenizer):
     """One id a piece of a SentencePiece model (Kudo and Richardson 2018), whose own specials become this module's.
 
@@ -270,7 +298,7 @@ class SentencePiece(Tokenizer):
         return {_MODEL: self._model, **super()._files()}
 
 
-_KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (Characters, Bytes, SentencePiece, Phonemes)}
+_KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (Characters, Bytes, SentencePiece, Phonemes, Symbols)}
 
 
 def make_tokenizer(spec: str, texts: Iterable[str], steps: str = "nfc single_spaces") -> Tokenizer:

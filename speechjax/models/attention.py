@@ -70,12 +70,16 @@ class SelfAttention(nn.Module):
     `options` are those of `AttentionOptions`; `bias` float32 [H, T, T] is what `SharedBias` makes for them, or
     [B, H, T, T] where rows differ.  `prefix`, keys and values [P, H, E], is seen by all frames and has no position.
     In a stream keys and values of the chunks to the left are recalled.
+
+    A head is D / heads wide, or `head_width` where that is not 0, as after heads were pruned.  Raises UserError for a
+    `head_width` where positions or gates are of the input, split over the heads.
     """
 
     heads: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     options: Mapping[str, Any] = field(default_factory=dict)
+    head_width: int = 0
 
     @nn.compact
     def __call__(
@@ -88,19 +92,19 @@ class SelfAttention(nn.Module):
         prefix: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         B, T, D = x.shape
-        if D % self.heads:
-            raise UserError(f"config.model.width={D} is no multiple of config.model.heads={self.heads}")
         options = AttentionOptions(**self.options)
+        E = _width_of_head(self, D, options)
         init = nn.initializers.normal(0.02)
 
-        def project(name):
-            return nn.Dense(D, dtype=self.dtype, kernel_init=init, name=name)
+        def project(name, width):
+            return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)
 
-        by_head = lambda x: x.reshape(B, T, self.heads, D // self.heads)  # noqa: E731
+        by_head = lambda x: x.reshape(B, T, self.heads, E)  # noqa: E731
         turned = rotate(by_head(x)).reshape(B, T, D) if options.positions == "rotary_inputs" else x
         if options.positions == "rotary_inputs" and streams(self):
             raise UserError("config.model.attention.positions='rotary_inputs' cannot be streamed: use 'rotary'")
-        q, k, v = (by_head(project(n)(y)) for n, y in (("query", turned), ("key", turned), ("value", x)))
+        inputs = dict(query=turned, key=turned, value=x)
+        q, k, v = (by_head(project(name, self.heads * E)(y)) for name, y in inputs.items())
         bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         content = q
         if streams(self):
@@ -112,7 +116,7 @@ class SelfAttention(nn.Module):
         if options.positions == "rotary":
             q, k = rotate(q, S - T), rotate(k)
         if options.positions == "relative":
-            q, bias = self._by_distance(q, S)
+            q, bias = self._by_distance(q, S, D)
             content = q
         if options.positions == "shaw":
             bias = self._by_clipped_distance(q, S, options)
@@ -123,16 +127,16 @@ class SelfAttention(nn.Module):
             q, k, v, lengths=lengths, bias=bias, prefix=prefix and (content, *prefix), chunk=options.chunk,
             left=options.left, dropout=dropout, deterministic=not train,
         )  # fmt: skip
-        return project("out")(y.reshape(B, T, D))
+        return project("out", D)(y.reshape(B, T, self.heads * E))
 
-    def _by_distance(self, q, S):
+    def _by_distance(self, q, S, D):
         """Queries for the content of keys, and the products of those for their distance: terms (a, c) and (b, d)."""
         _, T, H, E = q.shape
         zeros = nn.initializers.zeros
         content = self.param("content_bias", zeros, (H, E)).astype(q.dtype)[None, None]
         distance = self.param("distance_bias", zeros, (H, E)).astype(q.dtype)[None, None]
         # From S - 1 frames after the key down to T - 1 before it.
-        encoded = sinusoids(jnp.arange(S - 1, -T, -1, dtype=jnp.int32), H * E).astype(self.dtype)
+        encoded = sinusoids(jnp.arange(S - 1, -T, -1, dtype=jnp.int32), D).astype(self.dtype)
         init = nn.initializers.normal(0.02)
         keys = nn.Dense(H * E, use_bias=False, dtype=self.dtype, kernel_init=init, name="distance")(encoded)
         scores = jnp.einsum("bthe,jhe->bhtj", (q + distance) * E**-0.5, keys.reshape(S + T - 1, H, E))
@@ -161,3 +165,18 @@ class SelfAttention(nn.Module):
         update, reset = jnp.moveaxis(jax.nn.sigmoid(scores), -1, 0)
         scale = self.param("gate_scale", nn.initializers.ones, (self.heads,))[None, None]
         return (update * (reset * scale - 1) + 2).transpose(0, 2, 1)[..., None]
+
+
+def _width_of_head(module: SelfAttention, width: int, options: AttentionOptions) -> int:
+    """Not a method: what methods of modules return may be captured as intermediates."""
+    if not module.head_width:
+        if width % module.heads:
+            raise UserError(f"config.model.width={width} is no multiple of config.model.heads={module.heads}")
+        return width // module.heads
+    if options.gated or options.positions == "rotary_inputs":
+        what = "gated=True" if options.gated else "positions='rotary_inputs'"
+        raise UserError(
+            f"config.model.head_width={module.head_width}: config.model.attention.{what} splits the input over the "
+            "heads: set head_width=0"
+        )
+    return module.head_width

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 class Block(nn.Module):
     """The base of a block: `layer(x, lengths, train, bias) -> (output, feed-forward branch)`, [B, T, D] each.
 
-    `bias` is that of `SharedBias`; blocks that have no use for an argument ignore it.
+    `bias` is that of `SharedBias`, `head_width` that of `SelfAttention`; blocks that have no use for an argument ignore
+    it.
     """
 
     heads: int
@@ -24,6 +25,7 @@ class Block(nn.Module):
     layerdrop: float
     dtype: Any
     attention: Mapping[str, Any] = field(default_factory=dict)
+    head_width: int = 0
 
     def unless_dropped(self, y: jax.Array, x: jax.Array, train: bool) -> jax.Array:
         """The block's output `y`, or at times in training its input `x`."""

@@ -171,7 +171,9 @@ class ConformerLayer(Block):
             raise UserError(f"config.model.block.activation={self.activation!r}: choose from {', '.join(ACTIVATIONS)}")
         drop = nn.Dropout(self.dropout, deterministic=not train)
         norm = lambda name: LayerNorm(out_dtype=self.dtype, name=name)  # noqa: E731
-        attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, self.attention, name="attention")
+        attend = SelfAttention(
+            self.heads, self.attention_dropout, self.dtype, self.attention, self.head_width, name="attention"
+        )
         causal = self.causal_conv or AttentionOptions(**self.attention).causal
         conv = ConvModule(
             self.kernel, self.conv_norm, causal, self.conv_bias, self.activation, self.leaky, dtype=self.dtype,

@@ -48,6 +48,7 @@ class SpeechEncoder(nn.Module):
     `positions` are those added to the input (see positions.py; "conv" where unnamed), `attention` those inside
     attention and how far it sees (see relative.py), `block` names the layer (see transformer.py) and its own options,
     `adapters` are learned parts of `contextualize` beside the rest (see adapters.py).
+    A head is `width / heads` wide, or `head_width` where that is not 0.
     `hidden`, wherever it is an argument: see `Transformer`.
 
     A batch is {audio int16 or float [B, S], lengths int32 [B]} and perhaps {mean, std [B]} of the recordings.  In a
@@ -74,6 +75,7 @@ class SpeechEncoder(nn.Module):
     block: Mapping[str, Any] = field(default_factory=lambda: {"name": "transformer"})
     attention: Mapping[str, Any] = field(default_factory=lambda: {"positions": "none"})
     adapters: Sequence[Mapping[str, Any]] = ()
+    head_width: int = 0
 
     def setup(self):
         options = dict(self.frontend)
@@ -91,6 +93,7 @@ class SpeechEncoder(nn.Module):
             dropout=self.dropout, attention_dropout=self.attention_dropout,
             activation_dropout=self.activation_dropout, layerdrop=self.layerdrop, scan=self.scan,
             remat=self.remat, dtype=dtype, block=dict(self.block), attention=dict(self.attention),
+            head_width=self.head_width,
         )  # fmt: skip
 
     def frame_len(self) -> tuple[int, int]:

@@ -40,7 +40,9 @@ class TransformerLayer(Block):
         self, x: jax.Array, lengths: jax.Array, train: bool, bias: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attend = SelfAttention(self.heads, self.attention_dropout, self.dtype, self.attention, name="attention")
+        attend = SelfAttention(
+            self.heads, self.attention_dropout, self.dtype, self.attention, self.head_width, name="attention"
+        )
         if self.norm == "none":
             raise UserError("config.model.norm='none' is for recurrent blocks; transformer layers need 'post' or 'pre'")
         norm1 = LayerNorm(out_dtype=self.dtype, name="attention_norm")
@@ -74,7 +76,8 @@ BLOCKS = {
 TOPS = {"deep_speech": DeepSpeechTop}
 # What the program gives every block; the rest are options of its own.
 SHARED = (
-    "heads", "mlp", "norm", "dropout", "attention_dropout", "activation_dropout", "layerdrop", "attention", "dtype",
+    "heads", "head_width", "mlp", "norm", "dropout", "attention_dropout", "activation_dropout", "layerdrop",
+    "attention", "dtype",
 )  # fmt: skip
 
 
@@ -102,6 +105,7 @@ class Transformer(nn.Module):
     dtype: Any
     block: Mapping[str, Any] = field(default_factory=lambda: {"name": "transformer"})
     attention: Mapping[str, Any] = field(default_factory=dict)
+    head_width: int = 0
 
     @nn.compact
     def __call__(

@@ -1,0 +1,195 @@
+"""Models of other stacks as runs: a config, parameters, and a folder that `init_from` and all verbs take.
+
+What a class of theirs has no head for becomes the pretraining task of its family, its head drawn at random.  Recipes,
+rates and masks are those of the project's configs; sizes are the model's.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from speechjax import checkpoint, runs
+from speechjax import config as configs
+from speechjax.adapter_files import VOCABULARIES, write_vocabulary
+from speechjax.errors import UserError
+from speechjax.formats.hf import SOURCE, Folder, rows
+from speechjax.formats.hf_words import read_labels, read_words, reorder
+from speechjax.formats.names import Arrays, to_ours
+from speechjax.logs import replace_file
+from speechjax.paths import restacked
+from speechjax.step import State
+
+log = logging.getLogger("speechjax")
+
+RECIPES = {
+    "wav2vec2": "pretrain/wav2vec2.py", "hubert": "pretrain/hubert.py", "wavlm": "pretrain/wavlm.py",
+    "data2vec": "pretrain/data2vec.py", "w2v_bert": "pretrain/w2v_bert.py", "ctc": "finetune/ctc.py",
+    "classify": "finetune/classify.py", "frames": "finetune/frames.py", "speaker": "finetune/speaker.py",
+}  # fmt: skip
+_CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def as_run(folder: Folder) -> tuple[ConfigDict, Arrays, dict[str, bytes]]:
+    """(config, our leaves by path, files of the vocabulary) of a folder; leaves of state begin with its collection.
+
+    Raises UserError where weights are missing, or are not those that the configuration promises.
+    """
+    if folder.ours:
+        return _own(folder)
+    model = folder.family.read(folder.hf)
+    task = folder.head.read(folder.hf) if folder.head else {}
+    name = folder.head.task if folder.head else folder.family.pretraining
+    leaves = _leaves(folder, model, task)
+    files: dict[str, bytes] = {}
+    data: dict[str, Any] = {}
+    if name == "ctc":
+        files, order = read_words(folder.files, task["classes"], folder.hf["pad_token_id"])
+        leaves |= reorder(leaves, order)
+        task["classes"] = len(order)
+        data = dict(text="characters", text_steps="single_spaces")
+    if name in ("classify", "speaker"):
+        data = dict(label="meta:label")
+        files = read_labels(folder.hf, data["label"])
+    return experiment(name, model, task, data), leaves, files
+
+
+def experiment(name: str, model: Mapping[str, Any], task: Mapping[str, Any], data: Mapping[str, Any]) -> ConfigDict:
+    """The recipe of a task with this encoder; what `task` and `data` say comes before it."""
+    path = _CONFIGS / RECIPES[name]
+    if not path.is_file():
+        raise UserError(f"{path} is not there: recipes are in the project's folder configs/; install it with pip -e")
+    large = name in ("wav2vec2", "hubert", "wavlm") and model["norm"] == "pre"
+    config: Any = configs.open_module(str(path)).get_config("size=large" if large else "")
+    configs.complete_model(config)
+    shared = {key: value for key, value in config.model.items() if key in ("adapters",)}
+    config.model = ConfigDict(shared | dict(model))
+    config.task.update(dict(task))
+    config.data.update(dict(data))
+    if name == "w2v_bert":
+        config.task.contrastive_layers = max(model["layers"] // 2, 1)
+    if name == "data2vec":
+        config.task.target_layers = min(config.task.target_layers, model["layers"])
+    configs.check(config)
+    return config
+
+
+def _own(folder: Folder) -> tuple[ConfigDict, Arrays, dict[str, bytes]]:
+    """A run that was written from here: as it was."""
+    config: Any = runs.config_of(folder.ours["config"], "speechjax.json")
+    configs.check(config)
+    leaves = _leaves(folder, config.model.to_dict(), config.task.to_dict()) | folder.rest
+    try:
+        files = {name: bytes.fromhex(content) for name, content in folder.ours["vocabulary"].items()}
+    except (ValueError, TypeError):
+        raise UserError("speechjax.json is damaged: its vocabulary is no hexadecimal text") from None
+    if strange := sorted(files.keys() - set(VOCABULARIES)):  # these become names of files
+        raise UserError(f"speechjax.json is damaged: {strange[0]!r} is no vocabulary")
+    return config, leaves, files
+
+
+def _leaves(folder: Folder, model: Mapping[str, Any], task: Mapping[str, Any]) -> Arrays:
+    table = list(rows(folder.family, folder.head, model, task))
+    try:
+        leaves, missing, strange = to_ours(table, folder.state)
+    except ValueError as error:
+        raise UserError(f"the weights have other shapes than config.json says ({error})") from None
+    optional = {row.theirs for row in table if row.ours in ("encoder/mask_embedding", "prototypes")}
+    if missing := [name for name in missing if name not in optional]:
+        raise UserError(
+            f"the weights lack {missing[0]} ({len(missing)} of {len(table)} names in all): not the model that "
+            "config.json describes"
+        )
+    if strange:
+        shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
+        log.warning("%d arrays have no place here and are left out: %s", len(strange), shown)
+    return leaves
+
+
+# ---------------------------------------------------------------------------------------------- as a run
+
+
+def variables(config: Any, leaves: Arrays, seed: int = 0) -> tuple[Any, Any, list[str]]:
+    """(params, extra, paths drawn at random) of a config's task: `leaves` where they are, the rest as a run begins.
+
+    Raises UserError for a leaf of another shape than the config says, and for one it has no place for.
+    """
+    task = configs.make_task(config)
+    batch = make_batch(task)
+    rngs = {name: jax.random.key(seed + k) for k, name in enumerate(("params", *task.rngs))}
+
+    def init():
+        found = task.init(rngs, batch, step=jnp.int32(0), train=False)
+        return {name: part for name, part in found.items() if name != "sums"}
+
+    abstract: Any = flatten_dict(_together(jax.eval_shape(init)), sep="/")
+    given = restacked(dict(leaves), abstract)
+    for name, leaf in given.items():
+        if name not in abstract:
+            raise UserError(f"{name} has no place in the model that the config describes")
+        if leaf.shape != abstract[name].shape:
+            raise UserError(f"{name} has the shape {leaf.shape}, the config says {abstract[name].shape}")
+    fresh = sorted(abstract.keys() - given.keys())
+    # Only what is missing is computed: large models need not be drawn twice.
+    drawn = jax.jit(lambda: {name: flatten_dict(_together(init()), sep="/")[name] for name in fresh})()
+    whole = {
+        name: given[name].astype(like.dtype) if name in given else np.asarray(drawn[name])
+        for name, like in abstract.items()
+    }
+    tree: Any = unflatten_dict(whole, sep="/")
+    collections = [name for name in jax.eval_shape(init) if name != "params"]
+    extra = {name: tree.pop(name) for name in collections}
+    params, extra = task.start(tree, extra)
+    return params, extra, fresh
+
+
+def _together(variables: Any) -> dict[str, Any]:
+    """Parameters on top, collections of state beside them."""
+    return {**variables["params"], **{name: part for name, part in variables.items() if name != "params"}}
+
+
+def make_batch(task: Any) -> dict[str, jax.Array]:
+    """A batch of one short silent row with all that `task` needs: to learn the shapes of its parameters."""
+    hop, extra = task.encoder.frame_len()
+    samples = 32 * hop + extra
+    batch = {"audio": jnp.zeros((1, samples), jnp.float32), "lengths": jnp.array([samples], jnp.int32)}
+    for key in task.needs:
+        if key == "tokens":
+            batch |= dict(tokens=jnp.zeros((1, 4), jnp.int32), token_lengths=jnp.array([4], jnp.int32))
+        elif key == "units":
+            batch[key] = jnp.zeros((1, samples // task.unit_hop), jnp.int32)
+        else:
+            several = getattr(task, "loss", "") == "sigmoid"
+            batch[key] = jnp.zeros((1, task.classes)) if several else jnp.zeros(1, jnp.int32)
+    return batch
+
+
+def write_run(workdir: Path, config: Any, params: Any, extra: Any, files: Mapping[str, bytes], about: Any) -> None:
+    """A folder with a config, vocabularies and one checkpoint of weights, which all verbs take for a run's.
+
+    `about` is JSON that says where they come from, and their "family" if they have one.  Raises UserError where
+    something is in `workdir` already.
+    """
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} is not empty; choose a new one")
+    (workdir / "best").mkdir(parents=True)
+    zero = np.int32(0)
+    state = State(step=zero, params=params, opt_state={}, extra=extra, meters={}, skipped=zero, skipped_in_row=zero)
+    state = jax.tree.map(jnp.asarray, state)
+    meta = dict(step=0, format=checkpoint.FORMAT, digest=checkpoint.digest(state))
+    meta |= dict(best=dict(value=None, step=0, worse=0), model=configs.to_json(config)["model"], data="")
+    with ocp.CheckpointManager((workdir / "best").absolute()) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        manager.save(0, args=items)
+    write_vocabulary(workdir, files)
+    replace_file(workdir / SOURCE, (json.dumps(about, indent=2) + "\n").encode())
+    text = json.dumps(configs.to_json(config), indent=2) + "\n"
+    replace_file(workdir / "config.json", text.encode())  # last: with it the folder is whole
