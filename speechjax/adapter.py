@@ -128,11 +128,12 @@ def show(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Writes a folder like a run's, adapters merged into its weights."""
-    from speechjax.adapter_files import attach, attach_state, attach_vocabulary, load_adapter, write_vocabulary
+    from ml_collections import ConfigDict
+
+    from speechjax import runs
+    from speechjax.adapter_files import attach, attach_state, attach_vocabulary, load_adapter
     from speechjax.models import adapter_merge
 
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out={args.out} is there already; name a new folder")
     files = [load_adapter(path) for path in args.adapter]
     workdir, config, params, extra, step, digest = _open(args.workdir)
     own = config["model"].get("adapters", ())
@@ -149,9 +150,9 @@ def merge(args: argparse.Namespace) -> None:
             _check_vocabulary(file, vocabulary)
     config["model"]["adapters"] = ()
     merged = dict(workdir=str(args.workdir), digest=digest, adapters=adapters)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_vocabulary(args.out, vocabulary)  # first, so that there are no weights without
-    _write(args.out, config, params, extra, step, merged)
+    runs.write_run(
+        args.out, ConfigDict(config), params, extra, step=step, vocabulary=vocabulary, source=dict(merged=merged)
+    )
     log.info("%s: %s in the weights of %s", args.out, ", ".join(f"{b['kind']} {b['name']!r}" for b in adapters),
              args.workdir)  # fmt: skip
 
@@ -180,27 +181,6 @@ def _open(which: str) -> tuple[Path, dict[str, Any], Any, Any, int, str]:
 def _size(file: Any) -> str:
     count = sum(leaf.size for leaf in file.leaves.values())
     return f"{len(file.leaves)} arrays of {count:,} parameters, {file.path.stat().st_size / 1e6:.2f} MB"
-
-
-def _write(out: Path, config: dict[str, Any], params: Any, extra: Any, step: int, merged: dict[str, Any]) -> None:
-    """A workdir with one checkpoint that has no optimizer, since nothing goes on from it; `merged` says what it is."""
-    import jax.numpy as jnp
-    from ml_collections import ConfigDict
-
-    from speechjax import config as configs
-    from speechjax.checkpoint import Checkpoints
-    from speechjax.step import State
-
-    whole = ConfigDict(config)
-    configs.claim_workdir(out, whole)
-    zero = jnp.int32(0)
-    state = State(
-        step=jnp.int32(step), params=params, opt_state={}, extra=extra, meters={}, skipped=zero, skipped_in_row=zero,
-    )  # fmt: skip
-    checkpoints = Checkpoints(out / "checkpoints", keep=1, every=1)
-    meta = dict(best={}, model=configs.to_json(whole)["model"], data="", merged=merged)
-    checkpoints.save(step, state, meta, force=True)
-    checkpoints.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -256,6 +256,11 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             "train.device_seconds", "data.cache_dir", "data.max_bad_share"}  # fmt: skip
     file = workdir / "config.json"
     mine = to_json(config)
+    if (workdir / "best").exists() and not (workdir / "checkpoints").exists():
+        raise UserError(
+            f"{workdir} holds weights that no training left there: begin with them by --config.init_from={workdir} and "
+            "train in another --workdir"
+        )
     if file.exists() and any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         try:
             before = json.loads(file.read_text())

@@ -1,12 +1,17 @@
-"""What other commands read of a run: its config and its weights, without touching a folder that may be in use."""
+"""What other commands read of a run: its config and its weights, without touching a folder that may be in use.
+
+And runs that nothing trained, with weights from elsewhere, which all commands take for runs.
+"""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
@@ -14,6 +19,10 @@ from ml_collections import ConfigDict
 from speechjax import checkpoint
 from speechjax import config as configs
 from speechjax.errors import UserError
+from speechjax.logs import replace_file
+from speechjax.step import State
+
+SOURCE = "source.json"  # of a run that nothing trained: where its weights come from
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,3 +140,29 @@ def read_weights(directory: Path, place: jax.sharding.Sharding | None = None) ->
         raise UserError(f"checkpoint {directory} cannot be read ({reason}); name another, e.g. RUNDIR@STEP") from error
     sha = hashlib.sha256(json.dumps(digests, sort_keys=True).encode())
     return state["params"], state["extra"], sha.hexdigest()
+
+
+def write_run(
+    workdir: Path, config: Any, params: Any, extra: Any, *, source: Any, step: int = 0,
+    vocabulary: Mapping[str, bytes] | None = None,
+) -> None:  # fmt: skip
+    """A folder with a config, vocabularies and one checkpoint without an optimizer, which others can begin with.
+
+    It is kept where the best checkpoint of a run is, because no training goes on from it.  `source` is JSON that says
+    where the weights come from.  Raises UserError where something is in `workdir` already.
+    """
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"{workdir} is there already, and not empty: name a new folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, content in (vocabulary or {}).items():
+        replace_file(workdir / name, content)
+    zero = jnp.int32(0)
+    state = State(
+        step=jnp.int32(step), params=params, opt_state={}, extra=extra, meters={}, skipped=zero, skipped_in_row=zero,
+    )  # fmt: skip
+    checkpoints = checkpoint.Checkpoints(workdir / "best", keep=1, every=1)
+    checkpoints.save(step, jax.tree.map(jnp.asarray, state), dict(source=source), force=True)
+    checkpoints.close()
+    replace_file(workdir / SOURCE, (json.dumps(source, indent=2) + "\n").encode())
+    text = json.dumps(configs.to_json(config), indent=2) + "\n"
+    replace_file(workdir / "config.json", text.encode())  # last: with it the folder is whole

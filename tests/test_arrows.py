@@ -134,7 +134,9 @@ def test_nothing_imports_main(name):
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_tensorflow_lives_in_data_alone(name):
     found = {top(n) for n in imports(modules()[name])} & {"tensorflow", "tensorflow_datasets"}
-    assert not found or room(name) == "data"
+    # Its own formats are written and tried by TensorFlow itself.
+    theirs = {"speechjax.formats.saved_model", "speechjax.formats.litert"}
+    assert not found or room(name) == "data" or name in theirs
     # Late even there: reading a folder of recordings needs none of it.
     assert not {top(n) for n in imports(modules()[name], at_import_time=True)} & HOST_ONLY
 

@@ -27,7 +27,6 @@ from speechjax.logs import replace_file
 from speechjax.paths import unstacked
 
 DTYPES = ("float32", "bfloat16", "float16")
-SOURCE = "source.json"  # of a converted run: where it comes from
 OURS = "speechjax.json"  # beside speechjax.safetensors
 FORMAT = 1  # of these two: count up when older code would misread them
 _ABOUT_CTC = ("vocab.json", "tokenizer_config.json", "added_tokens.json")
@@ -128,7 +127,7 @@ def _origin(run: Any, wanted: str) -> tuple[str, str]:
     """
     config, workdir, seen = run.config, run.workdir, set()
     while True:
-        source = workdir / SOURCE
+        source = workdir / runs.SOURCE
         if not wanted and source.is_file() and (family := read_json(source).get("family")):
             return config.task.name, str(family)
         origin = config.get("init_from")

@@ -4,7 +4,6 @@ What a class of theirs has no head for becomes the pretraining task of its famil
 rates and masks are those of the project's configs; sizes are the model's.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from speechjax import checkpoint, runs
 from speechjax import config as configs
-from speechjax.adapter_files import VOCABULARIES, write_vocabulary
+from speechjax import runs
+from speechjax.adapter_files import VOCABULARIES
 from speechjax.errors import UserError
-from speechjax.formats.hf import SOURCE, Folder, rows
+from speechjax.formats.hf import Folder, rows
 from speechjax.formats.hf_words import read_labels, read_words, reorder
 from speechjax.formats.names import Arrays, to_ours
-from speechjax.logs import replace_file
 from speechjax.paths import restacked
-from speechjax.step import State
 
 log = logging.getLogger("speechjax")
 
@@ -170,26 +166,3 @@ def make_batch(task: Any) -> dict[str, jax.Array]:
             several = getattr(task, "loss", "") == "sigmoid"
             batch[key] = jnp.zeros((1, task.classes)) if several else jnp.zeros(1, jnp.int32)
     return batch
-
-
-def write_run(workdir: Path, config: Any, params: Any, extra: Any, files: Mapping[str, bytes], about: Any) -> None:
-    """A folder with a config, vocabularies and one checkpoint of weights, which all verbs take for a run's.
-
-    `about` is JSON that says where they come from, and their "family" if they have one.  Raises UserError where
-    something is in `workdir` already.
-    """
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir={workdir} is not empty; choose a new one")
-    (workdir / "best").mkdir(parents=True)
-    zero = np.int32(0)
-    state = State(step=zero, params=params, opt_state={}, extra=extra, meters={}, skipped=zero, skipped_in_row=zero)
-    state = jax.tree.map(jnp.asarray, state)
-    meta = dict(step=0, format=checkpoint.FORMAT, digest=checkpoint.digest(state))
-    meta |= dict(best=dict(value=None, step=0, worse=0), model=configs.to_json(config)["model"], data="")
-    with ocp.CheckpointManager((workdir / "best").absolute()) as manager:
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        manager.save(0, args=items)
-    write_vocabulary(workdir, files)
-    replace_file(workdir / SOURCE, (json.dumps(about, indent=2) + "\n").encode())
-    text = json.dumps(configs.to_json(config), indent=2) + "\n"
-    replace_file(workdir / "config.json", text.encode())  # last: with it the folder is whole

@@ -41,8 +41,10 @@ class Several(Head):
             if "weight" not in options:
                 raise UserError(f"config.task.heads.{name} needs weight")
             del options["weight"]
-            wanted = {field.name for field in dataclasses.fields(kind) if _is_option(field)} - shared.keys()
-            if unlike := sorted(wanted ^ options.keys()):
+            fields = {f.name: f for f in dataclasses.fields(kind) if _is_option(f) and f.name not in shared}
+            wanted = fields.keys()
+            needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+            if unlike := sorted((needed - options.keys()) | (options.keys() - wanted)):
                 has = "needs" if unlike[0] in wanted else "has no"
                 raise UserError(
                     f"config.task.heads.{name} {has} {unlike[0]!r}; its fields: {', '.join(sorted(wanted))}"
