@@ -40,12 +40,12 @@ def parse_arg(arg: str, **allowed: Any) -> dict[str, Any]:
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Config of `FILE.py[:arg,...]` with `key.sub=value` overrides applied, locked and checked.
+    """Config of `FILE.py[:arg,...]`, or a run's config.json, with `key.sub=value` applied, locked and checked.
 
     Raises UserError for a missing file, an unknown key (the message lists those allowed) or a value of the wrong
     type.
     """
-    config = open_module(spec).get_config(spec.partition(":")[2])
+    config = _of_run(spec) if spec.endswith(".json") else open_module(spec).get_config(spec.partition(":")[2])
     for text in overrides:
         if text.startswith("init_from="):  # first, because it says what the model is
             override(config, text)
@@ -55,6 +55,18 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         override(config, text)
     check(config)
     return config
+
+
+def _of_run(path: str) -> ConfigDict:
+    """The config.json of a run, or of a converted model."""
+    from speechjax import runs
+
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}; those of the project are in configs/")
+    try:
+        return runs.config_of(json.loads(Path(path).read_text("utf-8")), path)
+    except ValueError as error:
+        raise UserError(f"{path} is not the config of a run: {error}") from error
 
 
 def open_module(spec: str) -> Any:
