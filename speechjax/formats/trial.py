@@ -44,7 +44,6 @@ class Result:
 
 def loader(kind: str) -> Callable[[Path], Loaded]:
     """What loads a format; raises MissingLibraryError where that cannot be done here."""
-    modules = {"hf": "hf_runtime", "safetensors": "flat"}
     needs = {"hf": ("torch", "transformers"), "onnx": ("onnxruntime",), "saved_model": ("tensorflow",),
              "litert": ("ai_edge_litert",)}  # fmt: skip
     for library in needs.get(kind, ()):
@@ -52,8 +51,18 @@ def loader(kind: str) -> Callable[[Path], Loaded]:
             importlib.import_module(library)
         except ImportError:
             raise MissingLibraryError(f"{library} is not installed here") from None
-    module: Any = importlib.import_module(f"speechjax.formats.{modules.get(kind, kind)}")
+    if kind == "safetensors":
+        return _weights
+    module: Any = importlib.import_module(f"speechjax.formats.{'hf_runtime' if kind == 'hf' else kind}")
     return module.load
+
+
+def _weights(folder: Path) -> Loaded:
+    """Of a format that is no program."""
+    from speechjax.formats import flat
+
+    found = flat.read(folder)
+    return _answers(found.task, {"params": found.params, **found.extra}, encoder_only=False)
 
 
 def compare(run: Any, theirs: Loaded, *, encoder_only: bool = False) -> Result:
@@ -76,17 +85,20 @@ def compare(run: Any, theirs: Loaded, *, encoder_only: bool = False) -> Result:
 
 def answers(run: Any, *, encoder_only: bool = False) -> Loaded:
     """What a run answers, compiled, on the host; with `encoder_only` its last frames."""
-    task = run.task
+    return _answers(run.task, run.variables, encoder_only)
+
+
+def _answers(task: Any, variables: Any, encoder_only: bool) -> Loaded:
     if encoder_only or not hasattr(task, "answer"):
         features = jax.jit(lambda v, batch: task.apply(v, batch, method="features"))
 
         def frames(audio, lengths):
-            found = features(run.variables, {"audio": audio, "lengths": lengths})
+            found = features(variables, {"audio": audio, "lengths": lengths})
             return {"frames": np.asarray(found.frames), "lengths": np.asarray(found.lengths)}
 
         return frames
     whole = jax.jit(serve(task))
-    return lambda audio, lengths: jax.tree.map(np.asarray, whole(run.variables, audio, lengths))
+    return lambda audio, lengths: jax.tree.map(np.asarray, whole(variables, audio, lengths))
 
 
 def noise(rows: int, seconds: float) -> tuple[np.ndarray, np.ndarray]:
