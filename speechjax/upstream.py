@@ -25,7 +25,7 @@ class UpstreamExpert(torch.nn.Module):
     """`ckpt` is what `speechjax.load` takes; other arguments of s3prl's hub are accepted and without effect.
 
     Called with a list of waveforms [S] at 16 kHz it gives {"hidden_states": [float32 [B, T, D], ...]}, the input of the
-    first layer and the output of each, and "last_hidden_state"; rows are padded with zeros to the longest.
+    first layer and the output of each, and the last of them as "last_hidden_state"; rows are padded with zeros to the longest.
     """
 
     def __init__(self, ckpt: str, *args: Any, **kwargs: Any):
@@ -45,6 +45,4 @@ class UpstreamExpert(torch.nn.Module):
             torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True).to(device)
             for k in range(self.model.layers + 1)
         ]
-        last = self.model.features([np.asarray(wav.detach().cpu().numpy(), np.float32) for wav in wavs])
-        last = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in last], batch_first=True).to(device)
-        return {"hidden_states": layers, "last_hidden_state": last}
+        return {"hidden_states": layers, "last_hidden_state": layers[-1]}
