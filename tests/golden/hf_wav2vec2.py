@@ -1,79 +1,17 @@
-"""Names and layouts of `transformers.Wav2Vec2ForPreTraining` -> the parameters of `speechjax.tasks.wav2vec2`."""
+"""`transformers.Wav2Vec2ForPreTraining` as our task: its architecture and, by the tables, its weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from speechjax.formats.families import FAMILIES
+from speechjax.formats.heads import HEADS
+from speechjax.formats.hf import rows
+from speechjax.formats.names import to_ours
 from speechjax.models.encoder import SpeechEncoder
 from speechjax.tasks.wav2vec2 import Wav2Vec2
-
-# Ours -> theirs, without the leaves.  {} is a layer's number.
-DENSE = {
-    "encoder/projection": "wav2vec2.feature_projection.projection",
-    "quantizer/logits": "quantizer.weight_proj",
-    "project_context": "project_hid",
-    "project_target": "project_q",
-}
-NORM = {
-    "encoder/feature_norm": "wav2vec2.feature_projection.layer_norm",
-    "encoder/transformer/norm": "wav2vec2.encoder.layer_norm",
-}
-POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
-FRONT = "wav2vec2.feature_extractor.conv_layers.{}."
-LAYER_DENSE = {
-    "attention/query": "attention.q_proj",
-    "attention/key": "attention.k_proj",
-    "attention/value": "attention.v_proj",
-    "attention/out": "attention.out_proj",
-    "mlp_up": "feed_forward.intermediate_dense",
-    "mlp_down": "feed_forward.output_dense",
-}
-LAYER_NORM = {"attention_norm": "layer_norm", "mlp_norm": "final_layer_norm"}
-
-
-def dense(ours: str, theirs: str) -> Iterator[tuple[str, str, Any]]:
-    yield f"{ours}/kernel", f"{theirs}.weight", np.transpose
-    yield f"{ours}/bias", f"{theirs}.bias", None
-
-
-def norm(ours: str, theirs: str) -> Iterator[tuple[str, str, Any]]:
-    yield f"{ours}/scale", f"{theirs}.weight", None
-    yield f"{ours}/bias", f"{theirs}.bias", None
-
-
-def front(i: int, kind: str, bias: bool) -> Iterator[tuple[str, str, Any]]:
-    """Convolution `i`: torch keeps [O, I, K], we keep [K, I, O]."""
-    ours, theirs = "encoder/front/", FRONT.format(i)
-    folded = kind == "group" and i == 0
-    kernel = "conv0/kernel" if folded else f"conv{i}_kernel"
-    yield ours + kernel, theirs + "conv.weight", np.transpose
-    if bias and not folded:
-        yield f"{ours}conv{i}_bias", theirs + "conv.bias", None
-    if folded or kind == "layer":
-        yield from norm(ours + ("conv0" if folded else f"norm{i}"), theirs + "layer_norm")
-
-
-def table(convolutions: int, layers: int, kind: str, bias: bool) -> Iterator[tuple[str, str, Any]]:
-    """Rows (our path, their name, what makes their array ours)."""
-    for ours, theirs in DENSE.items():
-        yield from dense(ours, theirs)
-    for ours, theirs in NORM.items():
-        yield from norm(ours, theirs)
-    for i in range(convolutions):
-        yield from front(i, kind, bias)
-    yield "encoder/mask_embedding", "wav2vec2.masked_spec_embed", None
-    positions = "encoder/transformer/positions/"
-    yield positions + "direction", POSITIONS + "parametrizations.weight.original1", np.transpose
-    yield positions + "gain", POSITIONS + "parametrizations.weight.original0", np.transpose
-    yield positions + "bias", POSITIONS + "bias", None
-    yield "quantizer/codebook", "quantizer.codevectors", "codebook"
-    for i in range(layers):
-        ours, theirs = f"encoder/transformer/layer{i}/", f"wav2vec2.encoder.layers.{i}."
-        for mine, name in LAYER_DENSE.items():
-            yield from dense(ours + mine, theirs + name)
-        for mine, name in LAYER_NORM.items():
-            yield from norm(ours + mine, theirs + name)
 
 
 def task_for(config: Mapping[str, Any]) -> Wav2Vec2:
@@ -116,24 +54,23 @@ def task_for(config: Mapping[str, Any]) -> Wav2Vec2:
     )
 
 
+def block_of(encoder: SpeechEncoder) -> dict[str, Any]:
+    """What the tables ask of a model block."""
+    names = ("frontend", "width", "layers", "positions", "attention")
+    return {name: getattr(encoder, name) for name in names}
+
+
 def from_hf(state: Mapping[str, np.ndarray], task: Wav2Vec2) -> dict[str, Any]:
     """Our parameter tree (layers unrolled) from their state dict, or from gradients under the same names.
 
     Raises KeyError where theirs lacks a name and ValueError where it has one that is not in the table.
     """
-    shape = (task.codebooks, task.codes, task.code_dim // task.codebooks)
-    frontend = task.encoder.frontend
-    rows = list(table(len(frontend["channels"]), task.encoder.layers, frontend["norm"], frontend["bias"]))
-    unknown = set(state) - {theirs for _, theirs, _ in rows}
-    if unknown:
-        raise ValueError(f"no place for {sorted(unknown)}")
-    tree: dict[str, Any] = {}
-    for ours, theirs, convert in rows:
-        array = np.asarray(state[theirs], np.float32)
-        array = array.reshape(shape) if convert == "codebook" else convert(array) if convert else array
-        *path, leaf = ours.split("/")
-        node = tree
-        for name in path:
-            node = node.setdefault(name, {})
-        node[leaf] = np.ascontiguousarray(array)
-    return tree
+    family = FAMILIES["wav2vec2"]
+    table = rows(family, HEADS[0], block_of(task.encoder), dict(codebooks=task.codebooks))
+    arrays = {name.removeprefix(family.prefix): np.asarray(array, np.float32) for name, array in state.items()}
+    leaves, missing, strange = to_ours(table, arrays)
+    if missing:
+        raise KeyError(missing[0])
+    if strange:
+        raise ValueError(f"no place for {strange}")
+    return unflatten_dict(leaves, sep="/")

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from hf_wav2vec2 import table
+from hf_wav2vec2 import block_of
 from make_hf_wav2vec2 import KINDS
 from make_hf_wavlm import SPAN
 
+from speechjax.formats.families import FAMILIES
+from speechjax.formats.names import to_ours
 from speechjax.models.encoder import SpeechEncoder
 from speechjax.models.layers import frame_mask
 from speechjax.models.relative import distance_buckets
@@ -41,19 +43,11 @@ def encoder_for(config: dict[str, Any], scan: bool) -> SpeechEncoder:
 
 def from_hf(arrays: Results, config: dict[str, Any]) -> dict[str, np.ndarray]:
     """{our path, flat: array} from their names; every name has a place."""
-    rows = table(len(config["conv_dim"]), config["num_hidden_layers"], config["feat_extract_norm"], config["conv_bias"])
-    places = {}
-    for ours, theirs, convert in rows:
-        if theirs.startswith("wav2vec2.") and not ours.endswith("mask_embedding"):
-            places[ours.removeprefix("encoder/")] = (theirs.removeprefix("wav2vec2."), convert or (lambda a: a))
-    for i in range(config["num_hidden_layers"]):
-        ours, theirs = f"transformer/layer{i}/attention/gate", f"encoder.layers.{i}.attention.gru_rel_pos_"
-        places[ours + "_scale"] = (theirs + "const", np.ravel)
-        places[ours + "/kernel"] = (theirs + "linear.weight", np.transpose)
-        places[ours + "/bias"] = (theirs + "linear.bias", lambda a: a)
-    places["transformer/attention_bias/table"] = ("encoder.layers.0.attention.rel_attn_embed.weight", lambda a: a)
-    assert {theirs for theirs, _ in places.values()} == set(arrays)
-    return {ours: convert(np.asarray(arrays[theirs], np.float32)) for ours, (theirs, convert) in places.items()}
+    table = FAMILIES["wavlm"].encoder(block_of(encoder_for(config, scan=False)), "")
+    found, missing, strange = to_ours(table, {name: np.asarray(a, np.float32) for name, a in arrays.items()})
+    assert missing == ["masked_spec_embed"]  # nothing is masked
+    assert not strange
+    return {name.removeprefix("encoder/"): array for name, array in found.items()}
 
 
 def stack(flat: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
