@@ -1,5 +1,6 @@
 """The README's commands are true: every flag loads, every target exists, every file it names is there."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -40,8 +41,9 @@ def test_there_are_commands():
 @pytest.mark.parametrize("arguments", main_arguments(), ids=lambda a: a[-1][:40])
 def test_every_main_command_loads_its_config(arguments):
     args, overrides = parse_args(arguments)
-    overrides = [text for text in overrides if text != "init_from=RUN"]  # a run of the reader's
-    config = configs.load(str(REPO / args.config), overrides)
+    overrides = [text for text in overrides if not text.startswith("init_from=")]  # a run of the reader's
+    its_own = args.config.endswith(".json")  # of a run of the reader's, too
+    config = configs.load(str(REPO / ("configs/pretrain/wav2vec2.py" if its_own else args.config)), overrides)
     for override in overrides:  # and really sets what it says
         node = config
         for key in override.partition("=")[0].split("."):
@@ -55,6 +57,15 @@ def test_every_prepare_command_is_understood():
     for words in found:
         args = prepare.parse_args(words[words.index("speechjax.prepare") + 1 :])
         assert parse_mixture(args.source)
+
+
+@pytest.mark.parametrize("verb", ["convert", "export"])
+def test_every_command_of_a_verb_is_understood(verb):
+    module = importlib.import_module(f"speechjax.{verb}")
+    found = [words for words in commands() if f"speechjax.{verb}" in words]
+    assert found
+    for words in found:
+        assert module.parse_args(words[words.index(f"speechjax.{verb}") + 1 :])
 
 
 def test_make_targets_exist():
