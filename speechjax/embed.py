@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(argv: Sequence[str] | None) -> int:
     """The verb, from the command line to an exit code."""
     args = parse_args(argv)
+    from speechjax.data.decode import BadAudio
     from speechjax.labelling.progress import Bar
     from speechjax.pretrained import load
     from speechjax.transcribe import find
@@ -69,7 +70,7 @@ def run(argv: Sequence[str] | None) -> int:
             for path, name in jobs:
                 try:
                     yield str(name), _features(model, path, layer, args.layer == "all")
-                except ValueError as error:  # of the audio
+                except (BadAudio, OSError) as error:
                     failed[path] = str(error)
                 bar.advance()
 
