@@ -9,9 +9,6 @@ when first needed.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,15 +19,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from speechjax import experiment
 from speechjax.errors import UserError
+from speechjax.formats.arrays import Kind, read_arrays, write_arrays
+from speechjax.formats.arrays import digest as _sha
 from speechjax.logs import replace_file
 from speechjax.models.adapters import ADAPTER_LEAF, blocks_of, parse, trainable_pattern
 
-FORMAT = 2  # count up when older code would misread it
-_READS = (1, 2)  # 1 had neither state nor vocabularies
+KIND = Kind("an adapter", "speechjax_adapter", 2, (1, 2))  # 1 had neither state nor vocabularies
 _STATE, _WORDS = "state/", "vocabulary/"  # what arrays are named that are no parameters
 VOCABULARIES = ("sentencepiece.model", *experiment.VOCABULARIES)  # as they are written: vocab.json needs the first
-_KEY = "speechjax_adapter"  # of the JSON text among a file's metadata
-_SAID = ("adapters", "base", "head", "about")  # in it, beside format and digest
+_SAID = ("adapters", "base", "head", "about")  # in a file's JSON text
 
 
 class AdapterFile(NamedTuple):
@@ -75,7 +72,7 @@ def save_adapter(
     With leaves of a head come its state, of the collections `extra`, and the `vocabulary` of its run.  `about` must be
     JSON.  Raises UserError where an adapter or the head is not among the parameters, and for a part of what has state.
     """
-    library, found = _library(), parse(adapters)
+    found = parse(adapters)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(dict(params), sep="/").items()}
     encoder = {name for name in flat if name.startswith("encoder/")}
     if absent := [a for a in found if a.sites() and not any(re.search(a.own, name) for name in encoder)]:
@@ -94,13 +91,9 @@ def save_adapter(
     file = AdapterFile(
         path, blocks_of(found), leaves, base_digest(params, adapters), which, dict(about), state, words
     )  # fmt: skip
-    header: dict[str, Any] = {"format": FORMAT} | {key: getattr(file, key) for key in _SAID}
     arrays = leaves | {_STATE + name: leaf for name, leaf in state.items()}
     arrays |= {_WORDS + name: np.frombuffer(content, np.uint8) for name, content in words.items()}
-    header["content"] = _sha(arrays, header)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(library.numpy.save(arrays, metadata={_KEY: json.dumps(header)}))
-    partial.replace(path)
+    write_arrays(path, KIND, arrays, {key: getattr(file, key) for key in _SAID})
     return file
 
 
@@ -146,23 +139,8 @@ def rename(
 
 def load_adapter(path: Path) -> AdapterFile:
     """What `save_adapter` wrote; UserError where the file is missing, damaged, of another kind or another format."""
-    library = _library()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with library.safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
-            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        version = header["format"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is not an adapter of speechjax") from None
-    except (library.SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({_line(error)}); get it anew") from error
-    if version not in _READS:
-        known = " and ".join(map(str, _READS))
-        raise UserError(f"{path} has format {version}, this version reads {known}; use the one that wrote it")
-    if header.pop("content", None) != _sha(arrays, header):
-        raise UserError(f"{path} is damaged: its digest does not match its contents; get it anew")
+    arrays, header = read_arrays(path, KIND)
+    version = header["format"]
     state, words = ({n: a for n, a in arrays.items() if version > 1 and n.startswith(p)} for p in (_STATE, _WORDS))
     vocabulary = {name.removeprefix(_WORDS): content.tobytes() for name, content in words.items()}
     if strange := sorted(vocabulary.keys() - set(VOCABULARIES)):  # these become names of files
@@ -272,26 +250,3 @@ def _check(file: AdapterFile, flat: Mapping[str, Any], name: str, leaf: np.ndarr
     is_new = any(other.startswith(module) for other in flat) if name.startswith("encoder/") else file.head == "whole"
     if not is_new:
         raise UserError(f"{file.path} has {name}, for which this model has no place")
-
-
-def _sha(leaves: Mapping[str, Any], header: Any = None) -> str:
-    """SHA-256 of arrays, their names, shapes and types, and of a JSON value."""
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(leaves):
-        leaf = np.asarray(leaves[name])
-        sha.update(json.dumps([name, leaf.shape, str(leaf.dtype)]).encode())
-        sha.update(leaf.tobytes())
-    return sha.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _library() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError:
-        raise UserError("safetensors is not installed: run `pip install 'speechjax[export]'`") from None
-    return safetensors

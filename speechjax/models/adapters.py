@@ -268,8 +268,9 @@ class Prefix(Adapter):
         return (_ATTENTION,)
 
     def call(self, host, inner, x, *args, prefix=None, **kwargs):
-        heads = host.module.heads  # type: ignore[attr-defined]
-        shape, init = (self.length, heads, x.shape[-1] // heads), nn.initializers.normal(0.02)
+        attend: Any = host.module
+        shape = (self.length, attend.heads, attend.head_width or x.shape[-1] // attend.heads)
+        init = nn.initializers.normal(0.02)
         mine = [self.param(host, part, init, shape, x) for part in ("keys", "values")]
         if prefix is not None:
             mine = [jnp.concatenate(both) for both in zip(mine, prefix, strict=True)]

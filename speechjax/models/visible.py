@@ -98,7 +98,7 @@ def _distance_bias(transformer, params, options, kept):
 
 def _layers(transformer, params, x, counts, bias, keys):
     layer: Any = TransformerLayer(
-        heads=transformer.heads, mlp=transformer.mlp, norm=transformer.norm, dropout=transformer.dropout,
+        heads=transformer.heads, head_width=transformer.head_width, mlp=transformer.mlp, norm=transformer.norm, dropout=transformer.dropout,
         attention_dropout=transformer.attention_dropout, activation_dropout=transformer.activation_dropout,
         layerdrop=transformer.layerdrop, dtype=transformer.dtype, attention=transformer.attention, parent=None,
     )  # fmt: skip
