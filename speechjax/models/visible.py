@@ -98,9 +98,10 @@ def _distance_bias(transformer, params, options, kept):
 
 def _layers(transformer, params, x, counts, bias, keys):
     layer: Any = TransformerLayer(
-        heads=transformer.heads, head_width=transformer.head_width, mlp=transformer.mlp, norm=transformer.norm, dropout=transformer.dropout,
-        attention_dropout=transformer.attention_dropout, activation_dropout=transformer.activation_dropout,
-        layerdrop=transformer.layerdrop, dtype=transformer.dtype, attention=transformer.attention, parent=None,
+        heads=transformer.heads, head_width=transformer.head_width, mlp=transformer.mlp, norm=transformer.norm,
+        dropout=transformer.dropout, attention_dropout=transformer.attention_dropout,
+        activation_dropout=transformer.activation_dropout, layerdrop=transformer.layerdrop, dtype=transformer.dtype,
+        attention=transformer.attention, parent=None,
     )  # fmt: skip
 
     def run(x, number, own):
