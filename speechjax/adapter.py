@@ -15,9 +15,9 @@ the configs calls its adapter "task", and of two that are stacked none may have 
 
 merge writes a folder that every command reads like a run's: its encoder has no adapters and does what the one with them
 did; head, task and vocabularies are those of the file that brings a whole head, else those of --workdir.  Several
---adapter are merged in the order given, after those that the run itself has, into the run that they were trained on,
-all at once: a merged encoder is another one, for which adapters of the first are refused.  WORKDIR is only read;
-WORKDIR@STEP, @best and @newest name a checkpoint of it.
+--adapter (files, or folders of peft) are merged in the order given, after those that the run itself has, into the run
+that they were trained on, all at once: a merged encoder is another one, for which adapters of the first are refused.
+WORKDIR is only read; WORKDIR@STEP, @best and @newest name a checkpoint of it.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def merge(args: argparse.Namespace) -> None:
     from speechjax.adapter_files import attach, attach_state, attach_vocabulary, load_adapter
     from speechjax.models import adapter_merge
 
-    files = [load_adapter(path) for path in args.adapter]
     workdir, config, params, extra, step, digest = _open(args.workdir)
+    files = [_peft(path, args.workdir) if path.is_dir() else load_adapter(path) for path in args.adapter]
     own = config["model"].get("adapters", ())
     adapters = [*own, *(block for file in files for block in file.adapters)]
     if not adapters:
@@ -155,6 +155,16 @@ def merge(args: argparse.Namespace) -> None:
     )
     log.info("%s: %s in the weights of %s", args.out, ", ".join(f"{b['kind']} {b['name']!r}" for b in adapters),
              args.workdir)  # fmt: skip
+
+
+def _peft(folder: Path, workdir: str) -> Any:
+    """An adapter in the layout of peft, of the model in `workdir`."""
+    import jax
+
+    from speechjax import runs
+    from speechjax.formats import peft
+
+    return peft.read(folder, runs.open_run(workdir, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])))
 
 
 def _check_vocabulary(file: Any, vocabulary: dict[str, bytes]) -> None:

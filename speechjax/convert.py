@@ -87,7 +87,7 @@ def _download(name: str) -> Path:
         import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            f"--from=hf:{name}: no such folder, and to fetch it from the hub: pip install 'speechjax[export]'"
+            f"--from=hf:{name}: no such folder, and to fetch it from the hub: pip install 'speechjax[hub]'"
         ) from None
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))

@@ -25,7 +25,8 @@ class UpstreamExpert(torch.nn.Module):
     """`ckpt` is what `speechjax.load` takes; other arguments of s3prl's hub are accepted and without effect.
 
     Called with a list of waveforms [S] at 16 kHz it gives {"hidden_states": [float32 [B, T, D], ...]}, the input of the
-    first layer and the output of each, and the last of them as "last_hidden_state"; rows are padded with zeros to the longest.
+    first layer and the output of each, and the last of them as "last_hidden_state"; rows are padded with zeros to the
+    longest.
     """
 
     def __init__(self, ckpt: str, *args: Any, **kwargs: Any):

@@ -152,6 +152,8 @@ def _read_front(hf: Mapping[str, Any], kind: str = "") -> Block:
         raise UserError(f"config.json: feat_extract_activation={hf['feat_extract_activation']!r}; here it is 'gelu'")
     if not hf.get("feat_proj_layer_norm", True) or hf.get("conv_pos_batch_norm", False):
         raise UserError("config.json: feat_proj_layer_norm=False and conv_pos_batch_norm=True have no place here")
+    if hf["feat_extract_norm"] not in ("group", "layer"):
+        raise UserError(f"config.json: feat_extract_norm={hf['feat_extract_norm']!r}; there are 'group' and 'layer'")
     return dict(
         name="waveform", channels=tuple(hf["conv_dim"]), kernels=tuple(hf["conv_kernel"]),
         strides=tuple(hf["conv_stride"]), norm=kind or hf["feat_extract_norm"], bias=hf["conv_bias"],
@@ -217,6 +219,9 @@ def _read_conformer(hf: Mapping[str, Any], **block: Any) -> Block:
     act = {"swish": "swish", "silu": "swish", "gelu": "gelu"}.get(hf["hidden_act"])
     if act is None:
         raise UserError(f"config.json: hidden_act={hf['hidden_act']!r}; conformers here have 'swish' or 'gelu'")
+    if hf["position_embeddings_type"] not in ours:
+        there = ", ".join(map(repr, ours))
+        raise UserError(f"config.json: position_embeddings_type={hf['position_embeddings_type']!r}; there are {there}")
     if hf["position_embeddings_type"] == "rotary" and hf["rotary_embedding_base"] != 10000:
         raise UserError(f"config.json: rotary_embedding_base={hf['rotary_embedding_base']}; here it is 10000")
     return _read_shared(hf) | dict(
@@ -285,6 +290,8 @@ _DEFAULTS_OF: dict[str, Block] = {
         right_max_position_embeddings=8,
     ),
 }  # fmt: skip
+_MAY_BE_ZERO = ("left_max_position_embeddings", "right_max_position_embeddings", "num_negatives")
+_MOST = 2**20  # any number there; of what is damaged nothing larger is reserved before shapes are compared
 
 
 def complete(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Block:
@@ -293,21 +300,26 @@ def complete(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Block:
     Raises UserError where it names no family, or a value is of another kind than its default.
     """
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"config.json: model_type={kind!r}; those that can be read are {', '.join(FAMILIES)}")
     known = _THEIR_DEFAULTS | _DEFAULTS_OF.get(kind, {})
     front = {key: preprocessor[key] for key in ("do_normalize", "stride") if key in preprocessor}
-    found = known | {key: value for key, value in hf.items() if value is not None or key == "position_embeddings_type"}
-    found |= front
+    said = {key: value for key, value in hf.items() if value is not None or key == "position_embeddings_type"}
+    found: Block = known | said | front
     for key, default in known.items():
         wanted = (int, float) if isinstance(default, float) else type(default)
         optional = key == "position_embeddings_type" and found[key] is None
         if not optional and (not isinstance(found[key], wanted) or isinstance(found[key], bool) != (wanted is bool)):
             raise UserError(f"config.json: {key}={found[key]!r} is no {type(default).__name__}")
+        least = 1 if type(default) is int and default and key not in _MAY_BE_ZERO else 0
+        if isinstance(found[key], int | float) and not least <= found[key] <= _MOST:
+            raise UserError(f"config.json: {key}={found[key]!r} makes no sense")
     for key in ("conv_dim", "conv_stride", "conv_kernel", "tdnn_dim", "tdnn_kernel", "tdnn_dilation"):
         sizes: Any = found[key]
-        if not all(type(x) is int and x > 0 for x in sizes):
+        if not sizes or not all(type(x) is int and 0 < x <= _MOST for x in sizes):
             raise UserError(f"config.json: {key}={sizes!r} is no list of sizes")
+    if len({len(found[key]) for key in ("conv_dim", "conv_stride", "conv_kernel")}) > 1:
+        raise UserError("config.json: conv_dim, conv_stride and conv_kernel are not of one length")
     return found
 
 
@@ -347,6 +359,11 @@ def family_of(model: Mapping[str, Any], task: str, wanted: str = "") -> Family:
         raise UserError(f"--family={wanted}: choose from {', '.join(FAMILIES)}")
     if model.get("adapters"):
         raise UserError("this model has adapters: merge them first (python -m speechjax.adapter merge)")
+    if (narrow := model.get("head_width", 0)) and narrow * model["heads"] != model["width"]:
+        raise UserError(
+            f"this model has {model['heads']} heads of {narrow} (pruned?), which are not its width of "
+            f"{model['width']}: transformers has no such attention; --format=onnx, stablehlo or safetensors take it"
+        )
     first = [name for name in FAMILIES if FAMILIES[name].pretraining == task]
     reasons = {}
     for name in [wanted] if wanted else [*first, *FAMILIES]:

@@ -5,6 +5,7 @@ their classes have no place for, heads of objectives and the config of the run, 
 speechjax.safetensors beside: with these the way back loses nothing.  Reading executes nothing.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from speechjax import config as configs
 from speechjax import runs
 from speechjax.adapter_files import read_vocabulary
 from speechjax.errors import UserError
+from speechjax.formats.card import card
 from speechjax.formats.families import Family, complete, family_of
 from speechjax.formats.heads import Head, head_named, head_of
 from speechjax.formats.hf_words import write_labels, write_words
@@ -27,6 +29,7 @@ from speechjax.logs import replace_file
 from speechjax.paths import unstacked
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS, REST = "model.safetensors", "speechjax.safetensors"
 OURS = "speechjax.json"  # beside speechjax.safetensors
 FORMAT = 1  # of these two: count up when older code would misread them
 _ABOUT_CTC = ("vocab.json", "tokenizer_config.json", "added_tokens.json")
@@ -73,7 +76,8 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", family: str = "", e
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: --format=hf writes {', '.join(DTYPES)}")
     model, task = run.config.model.to_dict(), run.config.task.to_dict()
-    kind = family_of(model, *_origin(run, family))
+    pretraining, family = origin(run, family)
+    kind = family_of(model, pretraining, family)
     head, why = (None, "--encoder-only") if encoder_only else head_of(kind, task, model["width"])
     leaves = unstacked(flatten_dict(jax_free(run.variables), sep="/"))
     arrays, rest = to_theirs(rows(kind, head, model, task), leaves)
@@ -82,23 +86,24 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", family: str = "", e
     vocabulary = read_vocabulary(run.workdir)
     hf = _configuration(kind, head, model, task, vocabulary, dtype)
     front = _preprocessor(model)
+    weights = {name: as_dtype(array, dtype) for name, array in state.items()}
 
     library = safetensors()
     folder.mkdir(parents=True, exist_ok=True)
     files = {"config.json": _json(hf), "preprocessor_config.json": _json(front)}
     if head and head.task == "ctc":
         files |= write_words(vocabulary, front["feature_extractor_type"])
+    files["README.md"] = card(run, hf, kind, head, why, pretraining).encode()
+    # One key of metadata: with more, the same arrays would not always make the same bytes.
+    arrays_of = {WEIGHTS: library.numpy.save(weights, metadata={"format": "pt"}), REST: library.numpy.save(rest)}
     ours = dict(
         format=FORMAT, config=configs.to_json(run.config), step=run.step, digest=run.digest, unlike=why,
         vocabulary={name: content.hex() for name, content in vocabulary.items()},
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in arrays_of.items()},
     )  # fmt: skip
-    files[OURS] = _json(ours)
-    weights = {name: as_dtype(array, dtype) for name, array in state.items()}
-    replace_file(folder / "model.safetensors", library.numpy.save(weights, metadata={"format": "pt"}))
-    replace_file(folder / "speechjax.safetensors", library.numpy.save(rest))
-    for name, content in files.items():
+    for name, content in {**arrays_of, **files, OURS: _json(ours)}.items():
         replace_file(folder / name, content)
-    return folder / "model.safetensors"
+    return folder / WEIGHTS
 
 
 def jax_free(tree: Any) -> Any:
@@ -112,15 +117,22 @@ def _numpy(tree: Any) -> Any:
 
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Floating-point arrays as `dtype`, contiguous: views that are not are written wrongly, without an error."""
+    """Floating-point arrays as `dtype`, contiguous: views that are not are written wrongly, without an error.
+
+    Raises UserError for numbers beyond those of `dtype`.
+    """
     import ml_dtypes
 
-    wanted = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    floating = np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
-    return np.asarray(array.astype(wanted) if floating else array, order="C")
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16):
+        return np.asarray(array, order="C")
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)), order="C")
+    if dtype == "float16" and np.isinf(narrow).sum() > np.isinf(array).sum():
+        raise UserError(f"--dtype=float16 ends at 65504, and a weight is {np.abs(array).max():.3g}: use bfloat16")
+    return narrow
 
 
-def _origin(run: Any, wanted: str) -> tuple[str, str]:
+def origin(run: Any, wanted: str) -> tuple[str, str]:
     """(task that the encoder was pretrained with, family wanted): of the run, or of what it began with.
 
     A converted run says its family in source.json; other chains of `init_from` end in a task.
@@ -130,12 +142,12 @@ def _origin(run: Any, wanted: str) -> tuple[str, str]:
         source = workdir / runs.SOURCE
         if not wanted and source.is_file() and (family := read_json(source).get("family")):
             return config.task.name, str(family)
-        origin = config.get("init_from")
-        if not origin or origin in seen:
+        before: Any = config.get("init_from")
+        if not before or before in seen:
             return config.task.name, wanted
-        seen.add(origin)
+        seen.add(before)
         try:
-            workdir = runs.find_checkpoint(origin).parent.parent
+            workdir = runs.find_checkpoint(before).parent.parent
             config = runs.read_config(workdir)
         except UserError:  # gone, or moved
             return config.task.name, wanted
@@ -236,7 +248,7 @@ def read_arrays(path: Path) -> Arrays:
         try:
             arrays = library.numpy.load_file(path)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+            raise UserError(f"{path}: {error.strerror or 'no such file'}") from None
         except Exception as error:  # the library raises many kinds, KeyError for a type that it does not know
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{path} is damaged or no safetensors file ({reason}); get it anew") from None
@@ -245,11 +257,12 @@ def read_arrays(path: Path) -> Arrays:
 
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Floating-point numbers of any width as float32, others as they are."""
-    return array.astype(np.float32) if array.dtype.kind not in "iub" else array
+    with np.errstate(over="ignore"):  # of float64: beyond all numbers is infinite
+        return array if array.dtype.kind in "iubc" else array.astype(np.float32)
 
 
 def _ours(folder: Path) -> tuple[dict[str, Any], Arrays]:
-    """What `write` put beside; nothing where there is none, or it belongs to other weights."""
+    """What `write` put beside, nothing where there is none."""
     if not (folder / OURS).is_file():
         return {}, {}
     ours = read_json(folder / OURS)
@@ -260,7 +273,17 @@ def _ours(folder: Path) -> tuple[dict[str, Any], Arrays]:
         )
     if not (isinstance(ours.get("config"), dict) and isinstance(ours.get("vocabulary"), dict)):
         raise UserError(f"{folder / OURS} is damaged; delete it to read the rest of the folder")
-    return ours, read_arrays(folder / "speechjax.safetensors")
+    for name in (WEIGHTS, REST):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; get it anew, or delete {OURS} to read the rest of the folder")
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not isinstance(ours.get("sha256"), dict) or found != ours["sha256"].get(name):
+            raise UserError(
+                f"{folder / name} is damaged, or not the one that was exported; get it anew, or delete {OURS} to read "
+                "the folder as any other"
+            )
+    return ours, read_arrays(folder / REST)
 
 
 def read_json(path: Path) -> dict[str, Any]:
