@@ -46,7 +46,7 @@ def changed_text(rng: np.random.Generator, content: bytes) -> bytes:
                 other = other[step]
             inner[key] = copy.deepcopy(other)
         else:
-            inner[key] = ODD[rng.integers(len(ODD))]
+            inner[key] = copy.deepcopy(ODD[rng.integers(len(ODD))])
     return json.dumps(tree).encode()
 
 
