@@ -70,7 +70,7 @@ def load(folder: Path) -> Loaded:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # not that `audio_lengths` has a value where it is not given
     try:
-        session = onnxruntime.InferenceSession(str(folder / _MODEL), options, providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(str(folder / _MODEL), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{folder / _MODEL} cannot be read ({reason}); export the run anew") from error
