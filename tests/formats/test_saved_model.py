@@ -14,7 +14,7 @@ from tests.formats.served_runs import batches, difference, expected, flipped, ma
 pytest.importorskip("tensorflow", reason="needs TensorFlow")
 
 
-@pytest.mark.parametrize("encoder", ["post", "stacked", "wavlm", "conformer", "lstm"])
+@pytest.mark.parametrize("encoder", some(["post", "stacked", "wavlm", "conformer", "lstm"], ["post"]))
 def test_encoders_answer_as_their_run(encoder, tmp_path):
     run = make_run(tmp_path / "run", "ctc", encoder)
     assert saved_model.write(run, tmp_path / "out") == tmp_path / "out/saved_model.pb"
@@ -23,7 +23,7 @@ def test_encoders_answer_as_their_run(encoder, tmp_path):
         assert difference(answer(audio, lengths), expected(run, audio, lengths)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["speaker", "several", "wav2vec2"])
+@pytest.mark.parametrize("name", some(["speaker", "several", "wav2vec2"], []))
 def test_other_tasks_too(name, tmp_path):
     run = make_run(tmp_path / "run", name)
     saved_model.write(run, tmp_path / "out")
