@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from served_runs import make_run
 
 from speechjax.adapter_files import read_vocabulary
 from speechjax.runs import write_run
+from tests.formats.served_runs import make_run
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import pytest
 
 from speechjax.errors import UserError
 from speechjax.formats import litert
-from tests.formats.served_runs import ENCODERS, batches, difference, expected, flipped, make_run
+from tests.formats.served_runs import ENCODERS, batches, difference, expected, flipped, make_run, some
 
 pytest.importorskip("tensorflow", reason="needs TensorFlow")
 pytest.importorskip("ai_edge_litert.interpreter", reason="needs `pip install ai-edge-litert`")

@@ -14,7 +14,7 @@ import pytest
 from speechjax.errors import UserError
 from speechjax.formats import onnx
 from speechjax.formats.serving import ABOUT, Served, _sha
-from tests.formats.served_runs import ENCODERS, TOKENS, batches, difference, expected, flipped, make_run
+from tests.formats.served_runs import ENCODERS, TOKENS, batches, difference, expected, flipped, make_run, some
 from tests.tasks.experiments import EXPERIMENTS, HEADS
 
 library: Any = pytest.importorskip("onnx", reason="needs `pip install 'speechjax[onnx]'`")

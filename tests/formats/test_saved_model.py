@@ -9,7 +9,7 @@ import pytest
 
 from speechjax.errors import UserError
 from speechjax.formats import saved_model
-from tests.formats.served_runs import batches, difference, expected, flipped, make_run
+from tests.formats.served_runs import batches, difference, expected, flipped, make_run, some
 
 pytest.importorskip("tensorflow", reason="needs TensorFlow")
 
