@@ -68,8 +68,8 @@ def try_all(args: argparse.Namespace) -> None:
     greedy = jax.jit(ctc.greedy)
 
     def heard(answer: Any, audio: np.ndarray) -> tuple[np.ndarray, str]:
-        # Lengths by the quarter of a second, so that few programs are compiled; the rest is padding.
-        padded = np.pad(audio, (0, -len(audio) % 4000))
+        # Lengths of 2 s, 4 s and so on, so that few programs are compiled; the rest is padding.
+        padded = np.pad(audio, (0, -len(audio) % 32000))
         found = answer(padded[None], np.array([len(audio)], np.int32))
         logits = np.asarray(found["logits"], np.float32)[:, : model.frames(len(audio))]
         best = greedy(logits, np.array([logits.shape[1]], np.int32))
@@ -90,7 +90,7 @@ def try_all(args: argparse.Namespace) -> None:
         found = {name: heard(theirs, audio) for name, (audio, _) in speech.items()}
         times = []
         for audio, _ in list(speech.values())[:40]:
-            padded, length = np.pad(audio, (0, -len(audio) % 4000))[None], np.array([len(audio)], np.int32)
+            padded, length = np.pad(audio, (0, -len(audio) % 32000))[None], np.array([len(audio)], np.int32)
             times.append((trial.timed(ours, padded, length), trial.timed(theirs, padded, length)))
         off = [float(np.abs(found[k][0] - reference[k][0]).max()) for k in speech]
         agree = [float((found[k][0].argmax(1) == reference[k][0].argmax(1)).mean()) for k in speech]
