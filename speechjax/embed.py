@@ -16,6 +16,7 @@ length is limited by memory.
 import argparse
 import logging
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ def run(argv: Sequence[str] | None) -> int:
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"--out={args.out}: no such folder: {args.out.absolute().parent}")
     jobs, failed = find(args.inputs)
+    twice = [name for name, count in Counter(name for _, name in jobs).items() if count > 1]
+    if twice:
+        raise UserError(f"several recordings would be called {twice[0]}: embed each folder into an --out of its own")
     keep_compiled()
     model = load(args.workdir)
     layer = None if args.layer in ("last", "all") else int(args.layer)

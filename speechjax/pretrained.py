@@ -82,7 +82,7 @@ class Pretrained:
 
     @property
     def width(self) -> int:
-        """D, of features."""
+        """D, of layers; what stands above them, as in autoencoders, may be narrower."""
         return self.task.encoder.width
 
     @property
@@ -105,13 +105,17 @@ class Pretrained:
 
         def hear(batch):
             found = self.task.apply(self.variables, batch, method="features")
-            return found.frames if layer is None else found.hidden[layer]
+            # Some have states above their layers, such as the narrow middle of an autoencoder.
+            return found.frames if layer is None else found.hidden[: self.layers + 1][layer]
 
         return self._run(f"features {layer}", hear, audio, sample_rate)
 
     def hidden_states(self, audio: Audio, sample_rate: int = SAMPLE_RATE) -> list[Any]:
         """What `features` gives of all layers at once, 0 to `layers`."""
-        hear = lambda batch: self.task.apply(self.variables, batch, method="features").hidden  # noqa: E731
+
+        def hear(batch):
+            return self.task.apply(self.variables, batch, method="features").hidden[: self.layers + 1]
+
         return self._run("hidden", hear, audio, sample_rate)
 
     def logits(self, audio: Audio, sample_rate: int = SAMPLE_RATE) -> Any:
@@ -138,7 +142,10 @@ class Pretrained:
 
         how = Decoding(**decoding)
         rows, single = _rows(audio, sample_rate)
-        recognizer = Recognizer(self.task, self.tokenizer, how)
+        name = f"transcribe {how}"
+        if name not in self._programs:  # compiled, and files that steer read, once
+            self._programs[name] = Recognizer(self.task, self.tokenizer, how)
+        recognizer = self._programs[name]
         found = []
         for row in rows:
             if len(row) > _WHOLE * SAMPLE_RATE:

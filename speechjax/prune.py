@@ -80,6 +80,8 @@ def run(argv: Sequence[str] | None) -> int:
     with jax.set_mesh(mesh):
         found: Any = runs.open_run(args.workdir, sharding.replicated(mesh))
         log.info("weights of step %d: %s", found.step, found.directory)
+        if "encoder" not in found.variables["params"]:
+            raise UserError(f"{args.workdir} has no encoder to prune: its task is {found.config.task.name}")
         model = found.config.model.to_dict()
         wish: dict[str, Any] = dict(heads=args.heads, mlp=args.mlp, layers=args.layers or 0)
         norms = pruning.weight_norms(found.variables["params"], model)

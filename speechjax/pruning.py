@@ -174,6 +174,7 @@ def _through_gates(inner, args, kwargs, context):
         return inner(*args, **kwargs)
     gate: Any = module.get_variable("params", _GATE)
     x = args[0]
+    gate = jnp.repeat(gate, len(x) // len(gate), axis=0)  # data2vec 2.0 hears every row several times, side by side
     if isinstance(module, nn.Dense):
         parts = x.reshape(*x.shape[:2], gate.shape[1], -1) * gate[:, None, :, None].astype(x.dtype)
         return inner(parts.reshape(x.shape), *args[1:], **kwargs)

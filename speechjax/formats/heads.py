@@ -59,10 +59,10 @@ def _read_pretraining(hf: Mapping[str, Any]) -> Block:
 
 
 def _masks(task: Mapping[str, Any]) -> Block:
-    """SpecAugment; with a probability of 0 their model would have no mask embedding, so then it is off otherwise."""
+    """SpecAugment; with probabilities of 0 their model would have no mask embedding, so then it is off otherwise."""
     off = dict(apply_spec_augment=False, mask_time_prob=0.05)
-    time = dict(mask_time_prob=task["mask_prob"]) if task["mask_prob"] else off
-    return time | dict(
+    on = task["mask_prob"] or task["channel_mask_prob"]
+    return (dict(mask_time_prob=task["mask_prob"]) if on else off) | dict(
         mask_time_length=task["mask_span"], mask_time_min_masks=0, mask_feature_prob=task["channel_mask_prob"],
         mask_feature_length=task["channel_mask_span"], final_dropout=task["head_dropout"],
     )  # fmt: skip

@@ -7,6 +7,7 @@ speechjax.safetensors beside: with these the way back loses nothing.  Reading ex
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from speechjax import runs
 from speechjax.adapter_files import read_vocabulary
 from speechjax.errors import UserError
 from speechjax.formats.card import card
-from speechjax.formats.families import Family, complete, family_of
+from speechjax.formats.families import FAMILIES, Family, complete, family_of
 from speechjax.formats.heads import Head, head_named, head_of
 from speechjax.formats.hf_words import write_labels, write_words
 from speechjax.formats.names import Arrays, Row, modern, to_theirs
 from speechjax.logs import replace_file
 from speechjax.paths import unstacked
+
+log = logging.getLogger("speechjax")
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS, REST = "model.safetensors", "speechjax.safetensors"
@@ -79,6 +82,8 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", family: str = "", e
     pretraining, family = origin(run, family)
     kind = family_of(model, pretraining, family)
     head, why = (None, "--encoder-only") if encoder_only else head_of(kind, task, model["width"])
+    if not head and not encoder_only and task["name"] != kind.pretraining:
+        log.warning("without its head, which lies in %s: %s", REST, why)
     leaves = unstacked(flatten_dict(jax_free(run.variables), sep="/"))
     arrays, rest = to_theirs(rows(kind, head, model, task), leaves)
     encoder = {row.theirs for row in kind.encoder(model, "")}
@@ -133,7 +138,7 @@ def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def origin(run: Any, wanted: str) -> tuple[str, str]:
-    """(task that the encoder was pretrained with, family wanted): of the run, or of what it began with.
+    """(task that the encoder was last pretrained with, family wanted): of the run, or of what it began with.
 
     A converted run says its family in source.json; other chains of `init_from` end in a task.
     """
@@ -142,6 +147,8 @@ def origin(run: Any, wanted: str) -> tuple[str, str]:
         source = workdir / runs.SOURCE
         if not wanted and source.is_file() and (family := read_json(source).get("family")):
             return config.task.name, str(family)
+        if config.task.name in {family.pretraining for family in FAMILIES.values()}:
+            return config.task.name, wanted
         before: Any = config.get("init_from")
         if not before or before in seen:
             return config.task.name, wanted
@@ -164,7 +171,7 @@ def _configuration(
     if head:
         found |= head.write(task, model["width"])
     if head and head.task in ("classify", "frames", "speaker"):
-        found |= write_labels(vocabulary, task["classes"])
+        found |= write_labels(vocabulary, task)
     if head and head.task == "ctc":
         found |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return found
@@ -205,8 +212,6 @@ def opened(
     hf: dict[str, Any], state: Arrays, files: dict[str, bytes], ours: dict[str, Any], rest: Arrays
 ) -> Folder:  # fmt: skip
     """What `read` returns, of its parts; names may have their family's prefix, or not."""
-    from speechjax.formats.families import FAMILIES
-
     family = FAMILIES[hf["model_type"]]
     names = hf.get("architectures") or [f"{family.stem}Model"]
     if not (isinstance(names, list) and isinstance(names[0], str)):

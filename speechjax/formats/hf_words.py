@@ -5,6 +5,7 @@ name.  What moves in the vocabulary moves in the head: `order` says how.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from speechjax.data.text import SPECIALS
 from speechjax.errors import UserError
+
+log = logging.getLogger("speechjax")
 
 _NEVER = -1e4  # bias of a special that their vocabulary has not: as a logit, no probability at all
 
@@ -21,6 +24,8 @@ def write_words(vocabulary: Mapping[str, bytes], front: str) -> dict[str, bytes]
 
     Raises UserError for a vocabulary that no tokenizer of theirs has.
     """
+    if "vocab.json" not in vocabulary:
+        raise UserError("this run has no vocab.json, so nobody knows what its classes are: copy it into the workdir")
     content = json.loads(vocabulary["vocab.json"])
     kind, tokens = content["kind"], list(content["tokens"])
     config: dict[str, Any] = dict(
@@ -74,6 +79,9 @@ def read_words(files: Mapping[str, bytes], size: int, blank: int) -> tuple[dict[
         if not all(type(i) is int for i in ids.values()):
             raise UserError("vocab.json: not one id a token; of several languages keep one, {token: id}")
     else:
+        log.warning(
+            "no vocab.json: the %d classes of the head are named <0>, <1>, ...; copy the tokenizer's files", size
+        )
         ids = {f"<{i}>": i for i in range(size)}
     named = {i: token for token, i in ids.items() if 0 <= i < size}
     special = {
@@ -87,11 +95,17 @@ def read_words(files: Mapping[str, bytes], size: int, blank: int) -> tuple[dict[
     if len({i for i in special.values() if i >= 0}) != sum(i >= 0 for i in special.values()):
         special |= {our: -1 for our in SPECIALS[1:] if special[our] in (blank, *_repeated(special, our))}
     rest = [i for i in range(size) if i not in special.values()]
-    delimiter = config.get("word_delimiter_token", "|")
+    delimiter = _name(config.get("word_delimiter_token", "|"), "")
     tokens = [named.get(i, f"<{i}>") for i in rest]
     if " " not in tokens:
         tokens = [" " if token == delimiter else token for token in tokens]
-    content: dict[str, Any] = dict(format=1, kind="symbols", steps="single_spaces")
+    steps = "single_spaces"
+    if config.get("do_lower_case"):  # which prints small letters, whatever its tokens are
+        small = [token.lower() for token in tokens]
+        if len(set(small)) != len(small):
+            raise UserError("tokenizer_config.json: do_lower_case, but tokens differ in nothing but their case")
+        tokens, steps = small, "lowercase single_spaces"
+    content: dict[str, Any] = dict(format=1, kind="symbols", steps=steps)
     if config.get("tokenizer_class") == "Wav2Vec2PhonemeCTCTokenizer":
         content |= dict(kind="phonemes", voice=str(config.get("phonemizer_lang", "en-us")))
     elif all(len(token) == 1 for token in tokens):
@@ -115,12 +129,12 @@ def reorder(head: Mapping[str, np.ndarray], order: list[int]) -> dict[str, np.nd
     }
 
 
-def write_labels(vocabulary: Mapping[str, bytes], classes: int) -> dict[str, Any]:
-    """id2label and label2id of a run's classes; those without a name are LABEL_k."""
-    names: list[str] = []
-    for file, key in (("labels.json", "names"), ("phones.json", "symbols")):
-        if file in vocabulary:
-            names = list(map(str, json.loads(vocabulary[file]).get(key, [])))
+def write_labels(vocabulary: Mapping[str, bytes], task: Mapping[str, Any]) -> dict[str, Any]:
+    """id2label and label2id of the classes of a task block; those without a name are LABEL_k."""
+    file, key = ("phones.json", "symbols") if task["name"] == "frames" else ("labels.json", "names")
+    content = json.loads(vocabulary.get(file, b"{}"))
+    content = content.get("labels", {}).get(task.get("label"), content)  # several labels, each of a name
+    names, classes = list(map(str, content.get(key, []))), task["classes"]
     names += [f"LABEL_{k}" for k in range(len(names), classes)]
     return dict(
         id2label={str(k): name for k, name in enumerate(names[:classes])},
@@ -129,11 +143,16 @@ def write_labels(vocabulary: Mapping[str, bytes], classes: int) -> dict[str, Any
 
 
 def read_labels(hf: Mapping[str, Any], label: str) -> dict[str, bytes]:
-    """Our labels.json of config.data.label=`label`.  Raises UserError where id2label is no list of names."""
+    """Our labels.json of config.data.label=`label`, or phones.json without one.
+
+    Raises UserError where id2label is no list of names.
+    """
     found = hf["id2label"]
     if sorted(found, key=str) != sorted(map(str, range(len(found))), key=str):
         raise UserError("config.json: id2label does not name the classes 0, 1, 2, ...")
     names = [str(found[str(k)]) for k in range(len(found))]
+    if not label:
+        return {"phones.json": _json(dict(format=1, symbols=names), indent=1)}
     return {"labels.json": _json(dict(format=1, label=label, names=names), indent=1)}
 
 

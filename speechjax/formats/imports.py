@@ -66,9 +66,10 @@ def _theirs(folder: Folder) -> tuple[ConfigDict, Arrays, dict[str, bytes]]:
         leaves |= reorder(leaves, order)
         task["classes"] = len(order)
         data = dict(text="characters", text_steps="single_spaces")
-    if name in ("classify", "speaker"):
-        data = dict(label="meta:label")
-        files = read_labels(folder.hf, data["label"])
+    if name in ("classify", "speaker", "frames"):
+        several = task.get("loss") == "sigmoid"
+        data = {} if name == "frames" else dict(label="tags:label" if several else "meta:label")
+        files = read_labels(folder.hf, data.get("label", ""))
     return experiment(name, model, task, data), leaves, files
 
 
@@ -88,6 +89,8 @@ def experiment(name: str, model: Mapping[str, Any], task: Mapping[str, Any], dat
         config.task.contrastive_layers = max(model["layers"] // 2, 1)
     if name == "data2vec":
         config.task.target_layers = min(config.task.target_layers, model["layers"])
+    if config.task.get("loss") == "sigmoid":  # as the recipe of tags has it
+        config.train.update(dict(best_metric="valid/loss", best_mode="min"))
     configs.check(config)
     return config
 

@@ -39,7 +39,7 @@ class Result:
     @property
     def worst(self) -> float:
         """The largest difference, relative to the largest value of its answer."""
-        return max(off / max(size, 1e-30) for off, size in self.differences.values())
+        return float(np.max([off / max(size, 1e-30) for off, size in self.differences.values()]))  # NaN stays NaN
 
 
 def loader(kind: str) -> Callable[[Path], Loaded]:
@@ -73,8 +73,9 @@ def compare(run: Any, theirs: Loaded, *, encoder_only: bool = False) -> Result:
         audio, lengths = noise(rows, seconds)
         mine, other = ours(audio, lengths), theirs(audio, lengths)
         for name in sorted(mine.keys() & other.keys() - {"lengths"}):
-            off, size = difference(mine[name], other[name], mine.get("lengths"))
-            found[name] = max(off, found.get(name, (0, 0))[0]), max(size, found.get(name, (0, 0))[1])
+            both = difference(mine[name], other[name], mine.get("lengths"))
+            off, size = np.maximum(both, found.get(name, (0.0, 0.0)))  # NaN stays NaN
+            found[name] = float(off), float(size)
         if not found:
             raise AssertionError(f"nothing to compare: {sorted(mine)} here, {sorted(other)} there")
     audio, lengths = noise(1, SECONDS[1])
@@ -89,6 +90,8 @@ def answers(run: Any, *, encoder_only: bool = False) -> Loaded:
 
 
 def _answers(task: Any, variables: Any, encoder_only: bool) -> Loaded:
+    # Exports answer in float32, whatever the run was trained in.
+    task = task.clone(encoder=task.encoder.clone(dtype="float32", remat=False))
     if encoder_only or not hasattr(task, "answer"):
         features = jax.jit(lambda v, batch: task.apply(v, batch, method="features"))
 
@@ -111,9 +114,13 @@ def noise(rows: int, seconds: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, lengths: np.ndarray | None) -> tuple[float, float]:
-    """(largest absolute difference, largest value) of answers, of frames those that are valid."""
-    frames = min(ours.shape[1], theirs.shape[1]) if ours.ndim == 3 else None
-    ours, theirs = ours[:, :frames].astype(np.float64), theirs[:, :frames].astype(np.float64)
+    """(largest absolute difference, largest value) of answers, of valid frames; infinite where some are missing."""
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    if ours.ndim == 3:
+        frames = min(ours.shape[1], theirs.shape[1])
+        if frames < (ours.shape[1] if lengths is None else lengths.max()):
+            return np.inf, float(np.abs(ours).max())
+        ours, theirs = ours[:, :frames], theirs[:, :frames]
     if ours.ndim == 3 and lengths is not None:
         inside = np.arange(ours.shape[1]) < lengths[:, None]
         ours, theirs = ours[inside], theirs[inside]

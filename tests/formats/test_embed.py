@@ -65,3 +65,11 @@ def test_mistakes(workdirs, audio, tmp_path, capsys):
     with pytest.raises(SystemExit):
         embed.run(["--workdir=x", "--out=y", "--layer=top", "z"])
     assert "last, all or a number" in capsys.readouterr().err
+
+
+def test_two_recordings_of_one_name_are_refused(workdirs, audio, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "one.wav").write_bytes((audio / "one.wav").read_bytes())
+    call = [f"--workdir={workdirs / 'hubert'}", f"--out={tmp_path / 'x.npz'}", str(audio), str(tmp_path / "other")]
+    with pytest.raises(UserError, match=r"several recordings would be called one\.wav"):
+        embed.run(call)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -205,3 +206,56 @@ def test_the_hub_is_asked_for_no_code(workdirs, tmp_path, monkeypatch):
     assert same(leaves(tmp_path / "run"), leaves(workdirs / "asr"))
     with pytest.raises(UserError, match=r"the hub did not give it \(404\)"):
         convert.run(["--from=hf:owner/gone", f"--workdir={tmp_path / 'other'}"])
+
+
+def test_the_check_compares_in_float32(workdirs, tmp_path):
+    """A run that trains in bfloat16 answers in float32 elsewhere, and its export is not to blame."""
+    config = json.loads((workdirs / "asr" / "config.json").read_text())
+    shutil.copytree(workdirs / "asr", tmp_path / "run")
+    config["model"]["dtype"] = "bfloat16"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert export.run([f"--workdir={tmp_path / 'run'}", "--format=stablehlo", f"--out={tmp_path / 'x'}"]) == 0
+
+
+def test_what_is_no_number_or_not_there_is_a_difference():
+    lengths = np.array([3, 2])
+    ours = np.ones((2, 3, 4))
+    assert trial.difference(ours, np.full_like(ours, np.nan), lengths)[0] != 0
+    assert trial.difference(ours, ours[:, :2], lengths) == (np.inf, 1)
+    assert trial.difference(ours, np.pad(ours, ((0, 0), (0, 2), (0, 0))), lengths) == (0, 1)
+    assert trial.difference(np.ones(2), np.ones(2), None) == (0, 1)
+    both = {"a": (np.nan, 1.0), "b": (0.0, 1.0)}
+    assert np.isnan(trial.Result(both, (1.0, 1.0), []).worst)
+
+
+def test_words_and_labels_of_others():
+    """Delimiters that are objects, small letters that are printed, classes that have names of their own."""
+    import speechjax.formats.hf_words as hf_words
+
+    words = {"vocab.json": json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5}).encode()}
+    config = dict(word_delimiter_token=dict(content="|"), do_lower_case=True)
+    files, order = hf_words.read_words(words | {"tokenizer_config.json": json.dumps(config).encode()}, 6, 0)
+    content = json.loads(files["vocab.json"])
+    assert content["tokens"] == ["<pad>", "<s>", "</s>", "<unk>", " ", "a"]
+    assert content["steps"] == "lowercase single_spaces"
+    assert order == [0, 1, 2, 3, 4, 5]
+    named = dict(labels=dict(label_emotion=dict(names=["joy", "anger"])))
+    stored = {"labels.json": json.dumps(named).encode(), "phones.json": b'{"symbols": ["x", "y"]}'}
+    found = hf_words.write_labels(stored, dict(name="classify", label="label_emotion", classes=3))
+    assert found["id2label"] == {"0": "joy", "1": "anger", "2": "LABEL_2"}
+    assert hf_words.write_labels(stored, dict(name="frames", classes=2))["label2id"] == {"x": 0, "y": 1}
+    with pytest.raises(UserError, match=r"no vocab\.json"):
+        hf_words.write_words({}, "Wav2Vec2FeatureExtractor")
+
+
+def test_masks_of_channels_alone_stay():
+    from speechjax.formats import heads
+
+    task = dict(mask_prob=0.0, mask_span=2, channel_mask_prob=0.25, channel_mask_span=4, head_dropout=0.0, classes=9)
+    written = heads.HEADS[1].write(task | dict(layers="last", recurrent_layers=0), 32)
+    assert written["mask_time_prob"] == 0
+    assert "apply_spec_augment" not in written
+    assert heads.HEADS[1].read(written)["channel_mask_prob"] == 0.25
+    off = heads.HEADS[1].write(task | dict(channel_mask_prob=0.0), 32)
+    assert off["apply_spec_augment"] is False
+    assert off["mask_time_prob"] > 0, "or their model has no mask embedding"
