@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechjax import adapter, pseudo_label, recognition, runs
 from speechjax import config as configs
+from speechjax import pseudo_label, recognition, runs
 from speechjax.data.records import open_records
 from speechjax.data.sources import open_source
 from speechjax.data.text import make_tokenizer
@@ -81,7 +81,7 @@ def teacher(tmp_path_factory):
     head = variables["params"]["head"]
     head["kernel"] = 10 * head["kernel"]  # sure of this and that, if never of <unk>
     head["bias"] = jnp.where(jnp.arange(tokenizer.size) == 3, -1e3, 0.0)
-    adapter._write(workdir, config.to_dict(), variables.pop("params"), variables, 7, {})
+    runs.write_run(workdir, config, variables.pop("params"), variables, step=7, source={})
     tokenizer.save(workdir)
     return workdir
 
