@@ -157,7 +157,9 @@ class Graph:
                 return self.add(_OPERATORS[type(op)], self._compute(left), self._compute(right))
             case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
                 return self.add(_FUNCTIONS[name], *map(self._compute, args))
-        raise NotImplementedError(ast.unparse(tree))
+        raise UserError(
+            f"this model has a size {ast.unparse(tree)}, which the ONNX export does not know; other formats do"
+        )
 
     def sizes(self, dims: Sequence[Any]) -> str:
         """The name of sizes side by side, int64 [n]."""
