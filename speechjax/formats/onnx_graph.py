@@ -121,10 +121,14 @@ class Graph:
         # Unsigned on both sides: some processors lose the upper bits of unsigned times signed.
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12) / 127
         stored = self.constant((np.rint(matrix / scale) + 128).astype(np.uint8), hint="weight")
-        quantized, unit, zero = self.add("DynamicQuantizeLinear", x, outputs=3)
-        whole = self.add("MatMulInteger", quantized, stored, zero, self.constant(np.uint8(128)))
-        units = self.add("Mul", unit, self.constant(scale.astype(np.float32), hint="scale"))
-        return self.add("Mul", self.add("Cast", whole, to=1), units)
+        # A scale for each row: with one for all of them (DynamicQuantizeLinear) quiet frames lose what they say.
+        one = lambda value: self.constant(np.float32(value))  # noqa: E731
+        largest = self.add("ReduceMax", self.add("Abs", x), self.integers([-1]), keepdims=1)
+        unit = self.add("Div", self.add("Max", largest, one(np.finfo(np.float32).tiny * 127)), one(127))
+        rounded = self.add("Add", self.add("Round", self.add("Div", x, unit)), one(128))
+        zero = self.constant(np.uint8(128))
+        whole = self.add("Cast", self.add("MatMulInteger", self.add("Cast", rounded, to=2), stored, zero, zero), to=1)
+        return self.add("Mul", self.add("Mul", whole, unit), self.constant(scale.astype(np.float32), hint="scale"))
 
     def define_size(self, symbol: str, source: str, axis: int) -> None:
         """A symbolic dimension is the size of an axis of an input."""

@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -52,11 +50,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     ),
     "online": dict(frontend=dict(name="mel", n_mels=20, factor=2, normalize="online")),
 }  # fmt: skip
-
-
-def some(names: Iterable[str], quick: Collection[str]) -> list[Any]:
-    """All `names` for a parametrization, those that are not `quick` marked slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache

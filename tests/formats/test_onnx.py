@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from speechjax.errors import UserError
-from speechjax.formats import onnx
+from speechjax.formats import onnx, quantize
+from speechjax.formats.onnx_graph import Graph, proto
 from speechjax.formats.serving import ABOUT, Served, _sha
-from tests.formats.served_runs import ENCODERS, TOKENS, batches, difference, expected, flipped, make_run, some
+from tests.choice import some
+from tests.formats.served_runs import ENCODERS, TOKENS, batches, difference, expected, flipped, make_run
 from tests.tasks.experiments import EXPERIMENTS, HEADS
 
 library: Any = pytest.importorskip("onnx", reason="needs `pip install 'speechjax[onnx]'`")
@@ -86,6 +88,28 @@ def test_products_with_weights_are_of_integers(tmp_path):
     assert kinds.count("MatMulInteger") == 6, "the four of attention and two of the mlp; others are small"
     with pytest.raises(UserError, match="choose float32, float16, int8"):
         onnx.write(make_run(tmp_path / "run"), tmp_path / "out", dtype="bfloat16")
+
+
+def test_every_row_has_a_scale_of_its_own():
+    """Beside a frame a thousand times louder a quiet one would be all zeros; the same products as in JAX."""
+    rng = np.random.default_rng(0)
+    x, matrix = rng.normal(size=(2, 5, 96)).astype(np.float32), rng.normal(size=(96, 64)).astype(np.float32)
+    x[0, 0] *= 1000
+    x[1, 4] = 0
+    graph, info = Graph("int8"), library.helper.make_tensor_value_info
+    graph.give(graph.product("x", matrix), "y")
+    parts = [info("x", 1, ["B", "T", 96])], [info("y", 1, ["B", "T", 64])]
+    model = library.helper.make_model(
+        proto(graph, *parts), opset_imports=[library.helper.make_opsetid("", onnx.OPSET)], ir_version=onnx.IR
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x})[0]
+    packed = quantize.quantize({"layer": {"kernel": matrix}})
+    kernel, scale = packed["layer/kernel"], packed["layer/kernel" + quantize.SCALE]
+    wanted = np.asarray(quantize.int8_product(x, kernel, scale[0]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(x).max(axis=-1, keepdims=True).max())
+    error = np.linalg.norm(found - x @ matrix, axis=-1) / np.maximum(np.linalg.norm(x @ matrix, axis=-1), 1e-9)
+    assert error.max() < 0.02
 
 
 def test_the_file_needs_neither_jax_nor_speechjax(tmp_path):

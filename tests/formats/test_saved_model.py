@@ -9,7 +9,8 @@ import pytest
 
 from speechjax.errors import UserError
 from speechjax.formats import saved_model
-from tests.formats.served_runs import batches, difference, expected, flipped, make_run, some
+from tests.choice import some
+from tests.formats.served_runs import batches, difference, expected, flipped, make_run
 
 pytest.importorskip("tensorflow", reason="needs TensorFlow")
 
@@ -46,6 +47,7 @@ def test_smaller_types(dtype, tmp_path):
     assert 1e-5 < difference(found, wanted) < 0.1 * np.abs(wanted["logits"]).max()
 
 
+@pytest.mark.slow
 def test_it_runs_without_jax(tmp_path):
     run, (audio, lengths) = make_run(tmp_path / "run"), batches()[3]
     saved_model.write(run, tmp_path / "out")

@@ -12,7 +12,8 @@ import pytest
 from speechjax.errors import UserError
 from speechjax.formats import stablehlo
 from speechjax.formats.serving import ABOUT, _sha
-from tests.formats.served_runs import ENCODERS, batches, difference, expected, flipped, make_run, some
+from tests.choice import some
+from tests.formats.served_runs import ENCODERS, batches, difference, expected, flipped, make_run
 
 pytest.importorskip("safetensors", reason="needs `pip install 'speechjax[export]'`")
 pytest.importorskip("flatbuffers", reason="needs `pip install 'speechjax[export]'`")

@@ -80,7 +80,7 @@ def try_all(args: argparse.Namespace) -> None:
     results["here"] = dict(errors=error_rates(speech, {k: v[1] for k, v in reference.items()}), files=len(speech))
     for kind, dtype in ROUTES:
         folder = args.out / f"{kind}-{dtype}"
-        if not folder.exists() or (args.only and args.only != kind):
+        if not folder.exists() or (args.only and args.only not in (kind, folder.name)):
             continue
         try:
             theirs = trial.loader(kind)(folder)
