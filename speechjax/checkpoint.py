@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from speechjax.distributed import all_well
 from speechjax.errors import UserError
 
 FORMAT = 2
@@ -52,12 +53,16 @@ class Checkpoints:
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
-        """Starts saving if `step` is due (or the job is being pre-empted, or `force`); True if it did.
+    def due(self, step: int) -> bool:
+        """Whether `step` is one to save, or the job is being pre-empted: orbax decides, so that all processes agree.
 
-        Called every step: orbax decides, so that all processes save the same one.
+        Asked at every step.
         """
-        if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
+        return self._manager.should_save(step)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
+        """Starts saving if `step` is due, or by `force`; True if it did, False also where it is there already."""
+        if step in self._manager.all_steps() or not (force or self.due(step)):
             return False
         full = {**meta, "step": step, "format": FORMAT, "digest": digest(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(full))
@@ -75,14 +80,20 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            found, reason = None, "another process could not read it"
             try:
-                return self._read(step, like)
+                found = self._read(step, like)
             except UserError:  # of another version: whole, but not for us
                 raise
             except Exception as error:
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                log.warning("checkpoint %d in %s is broken (%s); set aside", step, self.directory, reason)
-                self._set_aside(step)
+            whole = all_well(found is not None)
+            if whole and found is not None:
+                if found[1]["digest"] == digest(found[0]):
+                    return found
+                reason = "its digest does not match its contents"
+            log.warning("checkpoint %d in %s is broken (%s); set aside", step, self.directory, reason)
+            self._set_aside(step)
         if steps:
             raise UserError(
                 f"no intact checkpoint in {self.directory} (tried {', '.join(map(str, steps))}, kept as *.broken); "
@@ -97,17 +108,17 @@ class Checkpoints:
                 f"{self.directory / str(step)} has format {meta['format']}, this version reads {FORMAT}; "
                 "use the version that wrote it or another --workdir"
             )
+        if "digest" not in meta:
+            raise ValueError("its meta has no digest")
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        state = self._manager.restore(step, args=items)["state"]
-        if meta["digest"] != digest(state):
-            raise ValueError("its digest does not match its contents")
-        return state, meta
+        return self._manager.restore(step, args=items)["state"], meta
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0 and (self.directory / str(step)).exists():
             aside = self.directory / f"{step}.broken"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(step)).rename(aside)
+        all_well(True)  # nobody goes on before that
         self._manager.reload()
 
     def latest_step(self) -> int | None:

@@ -1,6 +1,7 @@
 """Configs: load one experiment, apply what the command line overrides, check every block against its callable."""
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -192,7 +193,7 @@ def _registered(room: str, name: str) -> type:
 
 def check(config: Any) -> None:
     """UserError unless every block fits its callable."""
-    from speechjax import optim, sharding, train
+    from speechjax import optim, schedule, sharding
     from speechjax.data import pipeline
 
     blocks = {"data", "evals", "init_from", "mesh", "model", "optim", "task", "train"}
@@ -207,9 +208,9 @@ def check(config: Any) -> None:
     added = ("seed", "row_divisor", "frame_len", "segment_align", "workdir")
     check_kwargs("config.data", pipeline.open_data, config.data, given=added)
     check_kwargs("config.optim", optim.make_optimizer, config.optim, given=("steps",))
-    check_kwargs("config.mesh", sharding.make_mesh, config.mesh)
-    check_kwargs("config.train", train.Schedule, config.train)
-    train.Schedule(**config.train)
+    check_kwargs("config.mesh", sharding.make_mesh, config.mesh, given=("devices",))
+    check_kwargs("config.train", schedule.Schedule, config.train)
+    schedule.Schedule(**config.train)
     judge = config.train.best_metric.partition("/")[0]
     if config.evals and judge not in config.evals:
         there = ", ".join(config.evals)
@@ -255,6 +256,11 @@ def make_task(config: Any) -> Any:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """Plain JSON types; what config.json in a workdir holds."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def digest(config: ConfigDict) -> str:
+    """Equal for equal configs: hexadecimal SHA-256."""
+    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:

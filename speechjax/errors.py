@@ -1,4 +1,6 @@
-"""The exceptions that mean: the user can fix this, and the message says how."""
+"""The exceptions that mean: the user can fix this, and the message says how; and what exit codes mean."""
+
+DONE, FAILED, NOT_FINITE, RESTART = 0, 1, 3, 42  # of verbs; RESTART: the same command goes on where this one was
 
 
 class UserError(Exception):

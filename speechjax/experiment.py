@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def open_experiment(config: Any, workdir: Path | None) -> tuple[Any, Any]:
 def open_data(config: Any, task: Any, workdir: Path | None) -> pipeline.Data:
     """The batches of a config, in frames of the task's encoder; vocabularies in `workdir` are used, none is written."""
     encoder = task.encoder
+    devices, tensor = jax.device_count(), config.mesh.get("tensor", 1)  # which runs from before it lack
     return pipeline.open_data(
-        seed=config.train.seed, row_divisor=jax.device_count(), frame_len=encoder.frame_len(),
+        seed=config.train.seed, row_divisor=devices // math.gcd(devices, tensor), frame_len=encoder.frame_len(),
         segment_align=encoder.segment_align() if encoder.packs() else 0, workdir=workdir, **config.data.to_dict(),
     )  # fmt: skip
 

@@ -94,14 +94,14 @@ def find_rate(task: Any, config: Any, data: Any, *, steps: int, low: float, high
         tx = _scaled(tx, lambda count: low * jax.numpy.exp(growth * count.astype(jax.numpy.float32)))
         init = functools.partial(init_state, task, tx, config.train.seed, batch_shapes(data.specs[0], mesh))
         abstract = sharding.placed(mesh, jax.eval_shape(init))
-        state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc, config.data.label)
+        state = fresh_state(task, init, abstract, config, data)
         programs = compile_steps(
             task, tx, mesh, abstract, data.specs, config.train.seed, 1, config.train.device_seconds,
             detach(config.optim.freeze),
         )  # fmt: skip
         rates: list[float] = []
         losses: list[float] = []
-        batches = sharding.on_device(mesh, data.train_batches(0, steps, jax.process_index(), jax.process_count()))
+        batches = sharding.on_device(mesh, data.train_batches(0, steps, *sharding.host_part(mesh)))
         for number, (batch, _) in enumerate(track(batches, total=steps, description="updates", transient=True)):
             state, meters = programs[batch["audio"].shape](state, batch)
             total, weight = jax.device_get(meters["loss"])

@@ -61,6 +61,7 @@ def make_optimizer(
     rates: Sequence[tuple[str, float]] = (),
     ewc: str = "",
     ewc_weight: float = 0.0,
+    moment_dtype: str = "float32",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with decoupled decay and its learning-rate schedule; `clip_norm` 0 turns clipping off.
 
@@ -70,13 +71,17 @@ def make_optimizer(
     would freeze.  What is frozen for ever has no
     moments; see `detach` for its gradient.  `rates` holds (path regex, factor) rules for the learning rate, every
     parameter covered (discriminative fine-tuning, Howard and Ruder 2018, arXiv 1801.06146, section 3.2).  `ewc` names a
-    run whose parameters are held fast with `ewc_weight` (see ewc.py).
+    run whose parameters are held fast with `ewc_weight` (see ewc.py).  `moment_dtype` is of the first moments: bfloat16
+    saves 2 of Adam's 8 bytes a parameter.  The second ones stay float32: b2 near 1 changes them by less than bfloat16
+    can tell.  Raises UserError for another type.
     """
+    if moment_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config.optim.moment_dtype={moment_dtype!r}: choose float32 or bfloat16")
     rate = schedule(learning_rate=learning_rate, warmup=warmup, steps=steps, hold=hold, decay=decay, floor=floor)
     rules = tuple((pattern, float(value)) for pattern, value in weight_decay)
     # What is frozen has no gradient, for clipping and momentum; and no update, whatever decay and old momentum say.
     frozen = [_freeze(freeze)] if freeze else []
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)
     if any(map(_always, freeze)):
         adam = optax.masked(adam, lambda params: jax.tree.map(lambda still: not still, _still(params, freeze)))
     transforms = [

@@ -177,6 +177,7 @@ def optim(learning_rate: float, warmup: int, **changes: Any) -> Block:
         rates=(),
         ewc="",
         ewc_weight=0.0,
+        moment_dtype="float32",
     )
     return block | changes
 
@@ -217,7 +218,7 @@ def evals() -> Block:
 
 def experiment(task: Block, model: Block, **blocks: Block) -> Block:
     """A whole config from `task`, `model`, `data`, `optim` and `train`; mesh and evals are alike for all."""
-    return dict(init_from="", task=task, model=model, mesh=dict(data=-1, fsdp=1), evals=evals()) | blocks
+    return dict(init_from="", task=task, model=model, mesh=dict(data=-1, fsdp=1, tensor=1), evals=evals()) | blocks
 
 
 def tiny(learning_rate: float = 1e-3) -> Block:

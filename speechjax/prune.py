@@ -125,7 +125,7 @@ def _by_loss(found: Any, mesh: Any, count: int, overrides: Sequence[str]) -> Any
     with config.unlocked():  # the run had other devices
         config.data.row_multiple = math.lcm(config.data.row_multiple, jax.device_count())
     data = open_data(config, found.task, found.workdir)
-    read = data.train_batches(0, count, jax.process_index(), jax.process_count())
+    read = data.train_batches(0, count, 0, 1)
     batches = (batch for batch, _ in sharding.on_device(mesh, read))
     measure = Gradients(found.task, found.variables, config.model.to_dict(), step=found.step, seed=config.train.seed)
     return measure(track(batches, total=count, description="importance", transient=True))

@@ -172,7 +172,7 @@ def compile_steps(
     for spec in specs:
         start = time.monotonic()
         rows, samples = spec["audio"][0]
-        parts = micro_batches(spec, mesh.size, device_seconds)
+        parts = micro_batches(spec, sharding.row_parts(mesh), device_seconds)
         step = jax.jit(
             functools.partial(train_step, task, tx, seed, log_every, parts=parts, detach=detach),
             donate_argnums=0,

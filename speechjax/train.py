@@ -14,46 +14,17 @@ from speechjax import config as configs
 from speechjax import sharding
 from speechjax.checkpoint import Checkpoints
 from speechjax.clock import StepClock
-from speechjax.errors import UserError
+from speechjax.compiles import Compiles
+from speechjax.distributed import watchdog
+from speechjax.errors import DONE, NOT_FINITE, RESTART
 from speechjax.logs import Logs
 from speechjax.optim import detach, make_optimizer
 from speechjax.report import write_report
+from speechjax.schedule import Best, Schedule
 from speechjax.step import State, batch_shapes, compile_steps, init_state
 from speechjax.warm_start import fresh_state
 
 log = logging.getLogger("speechjax")
-
-DONE, NOT_FINITE, RESTART = 0, 3, 42  # exit codes
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The train block: how long, and how often what happens.
-
-    `best_metric` names the evaluation metric whose best checkpoint is kept in `best/`, `best_mode` is "min" or
-    "max"; after `patience` evaluations without a better one training stops (0: never).  `max_skipped`
-    non-finite steps in a row end the run.  A device holds at most `device_seconds` of audio at once (0: its whole part
-    of the batch); larger batches accumulate gradients.
-    """
-
-    steps: int
-    seed: int
-    log_every: int
-    checkpoint_every: int
-    eval_every: int
-    keep: int
-    best_metric: str
-    best_mode: str
-    patience: int
-    max_skipped: int
-    device_seconds: float = 0.0
-
-    def __post_init__(self):
-        for name in ("steps", "log_every", "checkpoint_every", "eval_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.train.{name}={getattr(self, name)}: must be at least 1")
-        if self.best_mode not in ("min", "max"):
-            raise UserError(f"config.train.best_mode={self.best_mode!r}: choose min or max")
 
 
 @dataclass
@@ -66,34 +37,6 @@ class Job:
     mesh: jax.sharding.Mesh
     workdir: Path
     logs: Logs
-
-
-class Best:
-    """The best evaluation so far; lives in the checkpoints' meta, so a resumed run judges alike."""
-
-    def __init__(self, schedule: Schedule, value: float | None = None, step: int = 0, worse: int = 0):
-        self.schedule, self.value, self.step, self.worse = schedule, value, step, worse
-
-    def update(self, step: int, metrics: dict[str, float]) -> bool:
-        """True where `metrics` are the best yet; raises UserError where they lack the metric."""
-        name = self.schedule.best_metric
-        if name not in metrics:
-            there = ", ".join(sorted(metrics)) or "no evaluations"
-            raise UserError(f"config.train.best_metric={name!r} is not among the evaluations: {there}")
-        sign, value = 1 if self.schedule.best_mode == "min" else -1, metrics[name]
-        # A correlation of constant predictions is no number, and none is better than it.
-        if math.isfinite(value) and (self.value is None or sign * value < sign * self.value):
-            self.value, self.step, self.worse = value, step, 0
-            return True
-        self.worse += 1
-        return False
-
-    @property
-    def exhausted(self) -> bool:
-        return bool(self.schedule.patience) and self.worse >= self.schedule.patience
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(value=self.value, step=self.step, worse=self.worse)
 
 
 def train(config: Any, data: Any, workdir: Path) -> int:
@@ -115,7 +58,7 @@ def train(config: Any, data: Any, workdir: Path) -> int:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=schedule.keep, every=schedule.checkpoint_every)
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state = fresh_state(task, init, abstract, config.init_from, config.optim.ewc, config.data.label)
+            state = fresh_state(task, init, abstract, config, data)
             best, start = Best(schedule), 0
         else:
             state, meta = restored
@@ -151,25 +94,39 @@ class Loop:
             name: configs.eval_class(block["name"])(job, **{k: v for k, v in block.items() if k != "name"})
             for name, block in job.config.evals.to_dict().items()
         }
-        self.clock = StepClock()
+        self.clock, self.compiles = StepClock(), Compiles()
         self.window: tuple[int, Any] | None = None  # a log window that is over, but not fetched yet
 
     def run(self, state: State, start: int) -> int:
-        """From step `start` to the end; an exit code.  Whatever ends it, saves under way are finished."""
+        """From step `start` to the end; an exit code.  Whatever ends it, saves under way are finished.
+
+        Except where another process of the job may be gone, which every save would wait for.
+        """
         try:
-            return self._run(state, start)
-        finally:
-            self.checkpoints.close()
-            self.best_checkpoint.close()
+            code = self._run(state, start)
+        except BaseException:
+            if jax.process_count() == 1:
+                self.close()
+            raise
+        self.close()
+        return code
+
+    def close(self) -> None:
+        watchdog.expect("checkpoints to be written", times=10)
+        self.compiles.close()
+        self.checkpoints.close()
+        self.best_checkpoint.close()
+        watchdog.rest()
 
     def _run(self, state: State, start: int) -> int:
-        steps, hosts = self.schedule.steps, (jax.process_index(), jax.process_count())
+        steps, hosts = self.schedule.steps, sharding.host_part(self.job.mesh)
         with self.clock.pause():  # opening loads TensorFlow
             batches = sharding.on_device(self.job.mesh, self.job.data.train_batches(start, steps, *hosts))
         code, in_flight = DONE, collections.deque()
         if self.best.exhausted:  # stopped early before; given again, the command changes nothing
             return code
         for step in range(start + 1, steps + 1):
+            watchdog.expect(f"step {step}")
             with self.clock.input_wait():
                 batch, samples = next(batches)
             state, meters = self.programs[batch["audio"].shape](state, batch)
@@ -180,10 +137,11 @@ class Loop:
 
             last = step == steps
             evaluate = last or step % self.schedule.eval_every == 0
+            save = self.checkpoints.due(step)
             lost = self.log()  # the window before, now that this step is on its way
             if last or step % self.schedule.log_every == 0:
                 self.window = (step, meters)
-            if evaluate:
+            if evaluate or save:  # what a checkpoint is behind of, a resumed run does not log again
                 lost = self.log() or lost
             if lost:
                 code = NOT_FINITE
@@ -191,7 +149,8 @@ class Loop:
             if evaluate:
                 self.evaluate(state, step)
             with self.clock.pause():
-                self.checkpoints.save(step, state, self.meta(), force=last or self.best.exhausted)
+                if save or last or self.best.exhausted:
+                    self.checkpoints.save(step, state, self.meta(), force=True)
             if self.checkpoints.preempted(step):
                 log.warning("pre-empted: step %d is saved, exit code %d asks for a restart", step, RESTART)
                 code = RESTART
@@ -212,6 +171,7 @@ class Loop:
         number, found = step // self.schedule.eval_every, {}
         due = {n: e for n, e in self.evaluators.items() if number % e.every == 0 or step == self.schedule.steps}
         judge = self.schedule.best_metric.partition("/")[0]
+        watchdog.expect(f"the evaluation at step {step}", times=10)
         with self.clock.pause():
             for name, evaluator in due.items():
                 metrics = evaluator(state.params, state.extra, step, name)
@@ -240,6 +200,9 @@ class Loop:
             alarms["unread"] = "examples could not be read and were left empty; is the disk of the data all right?"
         self.job.logs.write(step, "train", metrics)
         self.job.logs.progress(step, metrics)
+        if again := self.compiles.again():
+            shown = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in again.items())
+            alarms["recompiled"] = f"{shown} compiled again, which costs time: do the shapes of its batches change?"
         if skipped > 0.05 * step:
             alarms["not_finite"] = f"{skipped} of {step} steps were not finite and skipped; lower optim.learning_rate"
         self.job.logs.alarms(step, alarms)

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speechjax.errors import UserError
+from speechjax.errors import FAILED, RESTART, UserError
 
 log = logging.getLogger("speechjax")
 
@@ -59,8 +59,13 @@ def call(command: Sequence[str], log_file: Path) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:
+def leave(
+    run: Callable[[], int], *, interrupted: str, full_disk: str,
+    lost: Callable[[BaseException], bool] = lambda error: False,
+) -> None:  # fmt: skip
     """Runs a verb and leaves the process with its exit code at once; the messages say how to go on.
+
+    `lost` says whether an exception only means that another process of the job is gone.
 
     `os._exit`, because the exit barrier of a distributed job waits minutes for peers that a failed process has
     already let down.
@@ -78,13 +83,16 @@ def leave(run: Callable[[], int], *, interrupted: str, full_disk: str) -> None:
         code = int(leaving.code or 0)
     except UserError as error:
         log.error("error: %s", error)
-        code = 1
+        code = FAILED
     except KeyboardInterrupt:
         log.error("interrupted; %s", interrupted)
-        code = 1
+        code = FAILED
     except BaseException as error:
-        code = 1
-        if _disk_is_full(error):
+        code = RESTART if lost(error) else FAILED
+        if code == RESTART:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            log.error("a process of the job was lost (%s): exit code %d asks for a restart", reason, RESTART)
+        elif _disk_is_full(error):
             log.error("error: no space left on the disk; %s", full_disk)
         elif isinstance(error, OSError) and error.filename:
             log.error("error: %s: %s", error.filename, error.strerror)

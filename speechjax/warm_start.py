@@ -3,9 +3,12 @@
 Paths are those of the path grammar.  Layers that one model stacks (scan) and the other has one by one are the same.
 """
 
+import json
 import logging
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,30 +25,56 @@ log = logging.getLogger("speechjax")
 _ABOUT_LABELS = ("prior", "scale")  # collections of heads: how often classes, and how large numbers are
 
 
-def fresh_state(task: Any, init: Any, abstract: State, init_from: str, ewc: str = "", label: str = "") -> State:
-    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from `init_from`, then by the task's start.
+def fresh_state(task: Any, init: Any, abstract: State, config: Any, data: Any) -> State:
+    """State of step 0, placed as `abstract`: drawn by `init`, perhaps from config.init_from, then by the task's start.
 
-    `ewc` names a run that the optimizer shall remember (see ewc.py); `label` is config.data.label of this run.
+    config.optim.ewc names a run that the optimizer shall remember (see ewc.py); `data` says what classes mean.
     """
     place = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=place)()
     begun = (state.params, state.extra)
-    params, extra = task.start(*(warm_start(*begun, init_from, label) if init_from else begun))
-    opt_state = recall(state.opt_state, ewc) if ewc else state.opt_state
+    if source := config.init_from:
+        begun = warm_start(*begun, source, config.data.label, renamed(task, data, source))
+    params, extra = task.start(*begun)
+    opt_state = recall(state.opt_state, config.optim.ewc) if config.optim.ewc else state.opt_state
     return jax.device_put(state.replace(params=params, extra=extra, opt_state=opt_state), place)
 
 
-def warm_start(params: Any, extra: Any, source: str, label: str = "") -> tuple[Any, Any]:
+def renamed(task: Any, data: Any, source: str) -> set[int]:
+    """How many classes the heads have that meant something else in the run `source`: another vocabulary of one size."""
+    there = find_checkpoint(source).parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        data.save(Path(folder))
+        for file in Path(folder).glob("*.json"):
+            if (there / file.name).is_file() and _meaning(file) != _meaning(there / file.name):
+                log.warning("%s of %s has other classes: what it learnt of them is left there", file.name, there)
+                return {classes for _, classes in task.sizes().values()}
+    return set()
+
+
+def _meaning(file: Path) -> dict[str, Any]:
+    """A vocabulary without how texts and times become numbers of it."""
+    try:
+        content = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged; restore it from a copy") from None
+    return {key: value for key, value in content.items() if key not in ("format", "kind", "steps", "hop")}
+
+
+def warm_start(
+    params: Any, extra: Any, source: str, label: str = "", other_classes: Collection[int] = ()
+) -> tuple[Any, Any]:
     """(params, extra) with everything that the checkpoint `source` has under the same path and in the same shape.
 
-    Heads may differ: they begin anew.  The state beside the parameters comes along, because a head that has learnt the
-    codes of one codebook knows nothing of another's; but not what it knows of labels other than `label`.  Raises
-    UserError where the encoders differ in shape or layers, or share nothing.
+    Heads may differ: they begin anew, also where they have one of `other_classes` as a dimension.  The state beside
+    the parameters comes along, because a head that has learnt the codes of one codebook knows nothing of another's;
+    but not what it knows of labels other than `label`.  Raises UserError where the encoders differ in shape or layers,
+    or share nothing.
     """
     checkpoint = find_checkpoint(source)
     saved = read_weights(checkpoint)
     ours = _named(params)
-    theirs = restacked(_named(saved[0]), ours)
+    theirs = _without(restacked(_named(saved[0]), ours), other_classes)
     encoder = [k for k in ours if k.startswith("encoder/")]
     if not any(k in theirs for k in encoder):
         raise UserError(f"config.init_from={source!r} shares no parameter of the encoder with this model")
@@ -69,11 +98,16 @@ def warm_start(params: Any, extra: Any, source: str, label: str = "") -> tuple[A
         before: Any = read_config(checkpoint.parent.parent)
         if before.data.get("label", "") != label:
             state = {name: tree for name, tree in state.items() if name not in _ABOUT_LABELS}
-    return _over(params, theirs), _over(extra, restacked(_named(state), _named(extra)))
+    return _over(params, theirs), _over(extra, _without(restacked(_named(state), _named(extra)), other_classes))
 
 
 def _named(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _without(leaves: dict[str, Any], sizes: Collection[int]) -> dict[str, Any]:
+    """`leaves` of the encoder, and others that have no dimension of `sizes`."""
+    return {k: v for k, v in leaves.items() if k.startswith("encoder/") or not set(sizes) & set(v.shape)}
 
 
 def _fits(ours: Any, theirs: Any) -> bool:

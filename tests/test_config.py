@@ -195,7 +195,7 @@ def test_unknown_names_list_the_choices(override, parts):
         ("config.model.frontend.kernal = 5", ["config.model.frontend has no 'kernal'", "kernels"]),
         ("config.data.crop = 5", ["config.data has no 'crop'", "crop_seconds"]),
         ("config.optim.lr = 5", ["config.optim has no 'lr'", "learning_rate"]),
-        ("config.mesh.tensor = 5", ["config.mesh has no 'tensor'", "data, fsdp"]),
+        ("config.mesh.expert = 5", ["config.mesh has no 'expert'", "data, fsdp, tensor"]),
         ("config.train.epochs = 5", ["config.train has no 'epochs'", "steps"]),
         ("config.evals.valid.often = 5", ["config.evals.valid has no 'often'", "every"]),
         ("config.extra = 5", ["a config has the blocks", "extra"]),

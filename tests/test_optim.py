@@ -164,6 +164,31 @@ def test_moments_are_float32_and_the_first_rate_is_that_of_step_zero():
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
 
 
+def test_first_moments_may_be_bfloat16():
+    """Three updates differ from those of float32 by the rounding of the moment, and the second moments do not."""
+    params, *grads = trees()
+    found, states = {}, {}
+    for kind in ("float32", "bfloat16"):
+        tx, _ = make_optimizer(
+            steps=100, learning_rate=0.1, warmup=0, weight_decay=((".*", 0.0),), clip_norm=0.0, moment_dtype=kind,
+            **ADAM,
+        )  # fmt: skip
+        found[kind] = run(tx, params, grads)
+        _, states[kind] = tx.update(grads[0], tx.init(params), params)
+    for name in found["float32"]:
+        moved = np.abs(found["float32"][name] - by_name(params)[name]).max()
+        apart = np.abs(found["float32"][name] - found["bfloat16"][name]).max()
+        assert 0 < apart < 0.02 * moved
+    kinds = {x.dtype for x in jax.tree.leaves(optax.tree.get(states["bfloat16"], "mu"))}
+    assert kinds == {jnp.dtype("bfloat16")}
+    nu = [optax.tree.get(state, "nu") for state in states.values()]
+    jax.tree.map(np.testing.assert_array_equal, *nu)
+    with pytest.raises(UserError, match=r"moment_dtype='float16': choose float32 or bfloat16"):
+        make_optimizer(
+            steps=1, learning_rate=1.0, warmup=0, weight_decay=(), clip_norm=0.0, moment_dtype="float16", **ADAM
+        )
+
+
 def test_tri_stage_schedule():
     """data2vec's 3/90/7 %: up, hold, exponentially down to a hundredth."""
     rate = schedule(learning_rate=2.0, warmup=30, hold=900, steps=1000, decay="exponential", floor=0.01)

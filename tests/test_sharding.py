@@ -1,5 +1,6 @@
 """The mesh on four virtual devices, and where parameters, moments and batches land on it."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from speechjax.errors import UserError
 from speechjax.optim import make_optimizer
 from speechjax.paths import path_name
 from speechjax.sharding import BATCH, SMALL, global_batch, make_mesh, on_device, state_sharding
-from speechjax.train import batch_shapes, init_state
+from speechjax.step import batch_shapes, init_state
 
 REPO = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(jax.device_count() != 4, reason="written for the four virtual devices of conftest")
@@ -28,30 +29,106 @@ def shape(*dims):
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "expected"), [(-1, 1, (4, 1)), (-1, 2, (2, 2)), (-1, 4, (1, 4)), (2, 2, (2, 2)), (4, 1, (4, 1))]
-)
-def test_mesh_covers_every_device_once(data, fsdp, expected):
-    mesh = make_mesh(data=data, fsdp=fsdp)
-    assert mesh.axis_names == ("data", "fsdp")
+    ("data", "fsdp", "tensor", "expected"),
+    [
+        (-1, 1, 1, (4, 1, 1)), (-1, 2, 1, (2, 2, 1)), (-1, 4, 1, (1, 4, 1)), (2, 2, 1, (2, 2, 1)), (4, 1, 1, (4, 1, 1)),
+        (-1, 1, 2, (2, 1, 2)), (-1, 2, 2, (1, 2, 2)), (1, 1, 4, (1, 1, 4)),
+    ],
+)  # fmt: skip
+def test_mesh_covers_every_device_once(data, fsdp, tensor, expected):
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == expected
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "message"),
+    ("axes", "message"),
     [
-        (-1, 3, "mesh.fsdp=3 does not divide the 4 devices"),
-        (-1, 8, "mesh.fsdp=8 does not divide the 4 devices"),
-        (-1, 0, "mesh.fsdp=0 does not divide the 4 devices"),
-        (-1, -1, "mesh.fsdp=-1 does not divide the 4 devices"),
-        (3, 1, "mesh.data=3 x mesh.fsdp=1 is not the 4 devices"),
-        (1, 2, "mesh.data=1 x mesh.fsdp=2 is not the 4 devices"),
-        (0, 4, "mesh.data=0 x mesh.fsdp=4 is not the 4 devices"),
+        ((-1, 3, 1), "mesh.fsdp=3 x mesh.tensor=1 does not divide the 4 devices"),
+        ((-1, 8, 1), "mesh.fsdp=8 x mesh.tensor=1 does not divide the 4 devices"),
+        ((-1, 0, 1), "mesh.fsdp=0 x mesh.tensor=1 does not divide the 4 devices"),
+        ((-1, -1, 1), "mesh.fsdp=-1 x mesh.tensor=1 does not divide the 4 devices"),
+        ((-1, 2, 4), "mesh.fsdp=2 x mesh.tensor=4 does not divide the 4 devices"),
+        ((-1, 1, 0), "mesh.fsdp=1 x mesh.tensor=0 does not divide the 4 devices"),
+        ((3, 1, 1), "mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 is not the 4 devices"),
+        ((1, 2, 1), "mesh.data=1 x mesh.fsdp=2 x mesh.tensor=1 is not the 4 devices"),
+        ((0, 4, 1), "mesh.data=0 x mesh.fsdp=4 x mesh.tensor=1 is not the 4 devices"),
     ],
 )
-def test_wrong_factors_are_refused_with_the_cause(data, fsdp, message):
+def test_wrong_factors_are_refused_with_the_cause(axes, message):
     with pytest.raises(UserError, match=message):
-        make_mesh(data=data, fsdp=fsdp)
+        make_mesh(**dict(zip(("data", "fsdp", "tensor"), axes, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as far as the mesh looks at it."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def pod(processes, chips, slices=1):
+    """`processes` hosts of `chips` chips in every slice."""
+    places = [(s, p, c) for s in range(slices) for p in range(processes) for c in range(chips)]
+    return [Chip(i, s * processes + p, s) for i, (s, p, _) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "parts"),
+    [(1, 1, 4), (4, 1, 4), (8, 1, 4), (1, 2, 4), (2, 2, 4), (1, 4, 4), (1, 8, 2), (1, 16, 1)],
+)
+def test_every_host_reads_its_own_rows(fsdp, tensor, parts, monkeypatch):
+    """Four hosts of four chips; where a layer is split over hosts, these read the same rows."""
+    mesh = make_mesh(data=-1, fsdp=fsdp, tensor=tensor, devices=pod(4, 4))
+    rows = np.arange(sharding.row_parts(mesh)).reshape(parts, -1)
+    own = mesh.devices.reshape(-1, tensor)
+    for host in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        part, count = sharding.host_part(mesh)
+        assert count == parts
+        mine = [row for row, chips in enumerate(own) if any(chip.process_index == host for chip in chips)]
+        assert mine == rows[part].tolist()
+
+
+def test_rows_of_a_host_lie_together_whatever_the_network(monkeypatch):
+    """A mesh that is best for the network may give a host every second row; then the mesh goes by hosts."""
+    devices = pod(2, 2)
+    shuffled = [devices[i] for i in (0, 2, 1, 3)]
+    assert sharding._part_of(sharding._mesh(np.asarray(shuffled).reshape(4, 1, 1)), 0) is None
+    mesh = make_mesh(data=-1, fsdp=1, devices=shuffled)
+    assert [chip.process_index for chip in mesh.devices.flat] == [0, 0, 1, 1]
+
+
+def test_slices_are_crossed_by_the_data_axis_alone():
+    mesh = make_mesh(data=-1, fsdp=4, tensor=2, devices=pod(2, 4, slices=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 2}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"mesh.data=1 is no multiple of the 2 slices"):
+        make_mesh(data=-1, fsdp=16, devices=pod(2, 4, slices=2))
+
+
+def test_layers_are_split_over_tensor_by_columns_and_then_rows():
+    place = state_sharding(make_mesh(data=-1, fsdp=2, tensor=2), {
+        "layer0": {
+            "attention": {"query": {"kernel": shape(256, 256)}, "out": {"kernel": shape(256, 256)}},
+            "mlp_up": {"kernel": shape(256, 1024), "bias": shape(1024)}, "mlp_down": {"kernel": shape(1024, 256)},
+        },
+        "layers": {"mlp_up": {"kernel": shape(12, 256, 1024)}, "mlp_down": {"kernel": shape(12, 1024, 256)}},
+        "head": {"kernel": shape(256, 1000)}, "odd": {"mlp_up": {"kernel": shape(256, 1023)}},
+    })  # fmt: skip
+    found = {path_name(path): tuple(s.spec) for path, s in jax.tree_util.tree_leaves_with_path(place)}
+    assert found == {
+        "layer0/attention/query/kernel": ("fsdp", "tensor"), "layer0/attention/out/kernel": ("tensor", "fsdp"),
+        "layer0/mlp_up/kernel": ("fsdp", "tensor"), "layer0/mlp_up/bias": (None,),
+        "layer0/mlp_down/kernel": ("tensor", "fsdp"), "layers/mlp_up/kernel": (None, "fsdp", "tensor"),
+        "layers/mlp_down/kernel": (None, "tensor", "fsdp"), "head/kernel": (None, "fsdp"),
+        "odd/mlp_up/kernel": ("fsdp", None),
+    }  # fmt: skip
 
 
 def test_the_largest_divisible_axis_of_a_big_array_is_split():

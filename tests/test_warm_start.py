@@ -16,8 +16,19 @@ from speechjax.config import load, to_json
 from speechjax.errors import UserError
 from speechjax.runs import find_checkpoint, read_weights
 from speechjax.step import State, init_state
-from speechjax.warm_start import fresh_state, warm_start
+from speechjax.warm_start import fresh_state, renamed, warm_start
 from tests.tasks.experiments import experiment, make_batch
+
+
+class Classes:
+    """Data of which only the files of its vocabularies are known."""
+
+    def __init__(self, files: dict):
+        self.files = files
+
+    def save(self, workdir):
+        for name, content in self.files.items():
+            (workdir / name).write_text(json.dumps(content))
 
 
 def make_state(seed: int = 0, width: int = 3, codes: int = 5) -> State:
@@ -76,7 +87,7 @@ def test_layers_that_are_not_there_are_no_start(run):
 @pytest.mark.parametrize("name", ["best_rq", "spidr", "autoencode"])
 def test_heads_come_with_the_codebook_they_have_learnt(name, tmp_path):
     """Also where the new run's seed draws another one; step and optimizer begin anew."""
-    _, task = experiment(name)
+    config, task = experiment(name)
     tx, batch = optax.adam(1e-3), make_batch(task)
     begin = [functools.partial(init_state, task, tx, seed, batch) for seed in (0, 1)]
     there = jax.jit(begin[0])()
@@ -88,7 +99,8 @@ def test_heads_come_with_the_codebook_they_have_learnt(name, tmp_path):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(begin[1])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    state = fresh_state(task, begin[1], abstract, str(tmp_path))
+    config.init_from = str(tmp_path)
+    state = fresh_state(task, begin[1], abstract, config, Classes({}))
     jax.tree.map(np.testing.assert_array_equal, state.params, there.params)
     assert set(state.extra) == set(there.extra)
     for kind in set(state.extra) - {"teacher"}:
@@ -184,3 +196,44 @@ def test_adapters_are_not_left_behind(tmp_path):
         warm_start({"encoder": {"transformer": {"layer0": {"query": layer}}}}, {}, str(tmp_path))
     params, _ = warm_start(jax.tree.map(np.zeros_like, adapted), {}, str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, params, adapted)
+
+
+class OfClasses:
+    """A task that has five classes of tokens."""
+
+    def sizes(self):
+        return {"tokens": ("config.task.classes", 5)}
+
+
+@pytest.mark.parametrize(
+    ("file", "there", "here", "same"),
+    [
+        ("vocab.json", {"kind": "symbols", "tokens": ["a", "b"]}, {"kind": "characters", "tokens": ["a", "b"]}, True),
+        ("vocab.json", {"steps": "nfc", "tokens": ["a", "b"]}, {"steps": "nfc", "tokens": ["a", "c"]}, False),
+        ("labels.json", {"label": "meta:who", "names": ["a"]}, {"label": "meta:tongue", "names": ["a"]}, False),
+        ("phones.json", {"hop": 320, "symbols": ["a", "b"]}, {"hop": 160, "symbols": ["a", "b"]}, True),
+    ],
+)
+def test_classes_of_one_number_and_other_meanings_are_not_learnt_classes(tmp_path, caplog, file, there, here, same):
+    """A head of five other letters is a head of five letters in shape alone."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(1, make_state(1), {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    (tmp_path / file).write_text(json.dumps(there))
+    sizes = renamed(OfClasses(), Classes({file: here}), str(tmp_path))
+    assert sizes == (set() if same else {5})
+    assert (f"{file} of {tmp_path} has other classes" in caplog.text) != same
+    mine = make_state(2)
+    params, _ = warm_start(mine.params, {}, str(tmp_path), "", sizes)
+    kept = make_state(1) if same else mine
+    np.testing.assert_array_equal(params["head"], kept.params["head"])
+    np.testing.assert_array_equal(params["encoder"]["front"], make_state(1).params["encoder"]["front"])
+
+
+def test_classes_of_a_damaged_vocabulary_are_a_mistake_with_one_line(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+    checkpoints.save(1, make_state(1), {"best": {}, "model": {}, "data": ""}, force=True)
+    checkpoints.close()
+    (tmp_path / "vocab.json").write_text("[1, 2")
+    with pytest.raises(UserError, match=r"vocab.json is damaged"):
+        renamed(OfClasses(), Classes({"vocab.json": {"tokens": []}}), str(tmp_path))

@@ -186,9 +186,9 @@ class _File:
         self.path, self.fd = path, -1
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close=os.close) -> None:  # bound here: when Python ends, `os` may be gone before the file
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
     def read(self, at: int, count: int) -> bytes:
         return os.pread(self.fd, count, at)

@@ -24,7 +24,7 @@ def answers(job: Job, compute: Callable[[Any], Any]) -> Iterator[tuple[np.ndarra
 
     `compute` takes a global batch to arrays [R, ...], replicated; those of empty rows are left out.
     """
-    batches = job.data.valid_batches(jax.process_index(), jax.process_count())
+    batches = job.data.valid_batches(*sharding.host_part(job.mesh))
     for example, batch in zip(job.data.valid_examples(), batches, strict=True):
         found = jax.device_get(compute(sharding.global_batch(job.mesh, batch)))
         there = np.flatnonzero(example >= 0)

@@ -121,7 +121,7 @@ def sweep(
     def lost(i: int, error: Exception) -> None:
         log.warning("an evaluation hears silence instead of recording %d: %s", i, error)
 
-    hosts = jax.process_index(), jax.process_count()
+    hosts = sharding.host_part(job.mesh)
     for rows in recordings.plan.sweep():
         batch = read_rows(recordings.records, recordings.part, rows, *hosts, lost=lost)
         batch["lengths"] = np.asarray(rows.count[:, 0], np.int32)[_mine(rows.shape, *hosts)]

@@ -136,8 +136,8 @@ class Detection:
         if len(audio) < self.window:
             audio = np.pad(audio, (0, self.window - len(audio)))
         windows = np.lib.stride_tricks.sliding_window_view(audio, self.window)[:: self.hop]
-        share = self._rows // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        host, hosts = sharding.host_part(self.job.mesh)
+        mine = slice(host * self._rows // hosts, (host + 1) * self._rows // hosts)
         for first in range(0, len(windows), self._rows):
             own = windows[first : first + self._rows]
             batch = np.zeros((self._rows, samples), np.int16)

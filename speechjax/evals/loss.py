@@ -31,7 +31,7 @@ class Loss:
 
     def __call__(self, params: Any, extra: Any, step: int, name: str) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
-        batches = self.job.data.valid_batches(jax.process_index(), jax.process_count())
+        batches = self.job.data.valid_batches(*sharding.host_part(self.job.mesh))
         for number, batch in enumerate(batches):
             batch = sharding.global_batch(self.job.mesh, batch)
             sums = jax.device_get(self._sums(params, extra, batch, jnp.int32(step), jnp.int32(number)))

@@ -25,7 +25,7 @@ class Picture:
     def __init__(self, job: Job, *, every: int):
         self.job, self.every = job, every
         # The last held-out batch has the longest shape; its first row is not planned empty.
-        *_, self._batch = job.data.valid_batches(jax.process_index(), jax.process_count())
+        *_, self._batch = job.data.valid_batches(*sharding.host_part(job.mesh))
         seed = job.config.train.seed + 1
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(job.mesh))

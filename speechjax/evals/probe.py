@@ -141,7 +141,7 @@ class Probe:
         """Pooled hidden states of every recording."""
         layers: Layers = []
         for rows in labelled.plan.sweep():
-            hosts = jax.process_index(), jax.process_count()
+            hosts = sharding.host_part(self.job.mesh)
             batch = read_rows(labelled.records, labelled.part, rows, *hosts, lost=_lost)
             pooled = jax.device_get(self._pooled(params, extra, sharding.global_batch(self.job.mesh, batch)))
             if not layers:
