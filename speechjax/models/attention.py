@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speechjax.errors import UserError
+from speechjax.models.attention_kernels import fused
 from speechjax.models.layers import frame_mask, frame_positions
 from speechjax.models.positions import sinusoids
 from speechjax.models.recall import recall, streams
@@ -28,6 +29,7 @@ def attention(
     left: int = -1,
     dropout: nn.Dropout | None = None,
     deterministic: bool = True,
+    impl: str = "xla",
 ) -> jax.Array:
     """Scaled dot-product attention over the valid keys: [B, T, H, E], [B, S, H, E] x 2 -> [B, T, H, E].
 
@@ -39,7 +41,15 @@ def attention(
 
     `prefix` are P keys and values [P, H, E] that every frame sees, whatever limits the others, and the queries
     [B, T, H, E] they meet: `q` without position.
+
+    `impl` says what computes it (see `AttentionOptions`): the kernels leave other numbers in padding, finite too.
     """
+    drops = dropout is not None and not deterministic
+    y = fused(
+        impl, q, k, v, lengths=lengths, bias=bias, prefix=prefix is not None, chunk=chunk, left=left, dropout=drops
+    )
+    if y is not None:
+        return y
     # Softmax in float32 whatever the compute dtype.  Float16 would overflow before it, which WavLM's code prevents by
     # scaling the products down and up again; bfloat16 has the range of float32.
     T, S = q.shape[1], k.shape[1]
@@ -125,7 +135,7 @@ class SelfAttention(nn.Module):
         dropout = nn.Dropout(self.dropout) if self.dropout else None
         y = attention(
             q, k, v, lengths=lengths, bias=bias, prefix=prefix and (content, *prefix), chunk=options.chunk,
-            left=options.left, dropout=dropout, deterministic=not train,
+            left=options.left, dropout=dropout, deterministic=not train, impl=options.impl,
         )  # fmt: skip
         return project("out", D)(y.reshape(B, T, self.heads * E))
 

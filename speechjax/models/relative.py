@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speechjax.errors import UserError
+from speechjax.models.attention_kernels import IMPLS
 from speechjax.models.positions import angles
 from speechjax.models.recall import streams
 
@@ -22,7 +23,7 @@ KINDS = ("none", "rotary", "rotary_inputs", "alibi", "buckets", "relative", "sha
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """The attention block of a config: which positions attention knows, and how far it sees.
+    """The attention block of a config: which positions attention knows, how far it sees, and what computes it.
 
     positions  "none"; "rotary" (RoFormer, arXiv 2104.09864), "rotary_inputs" the same on what is projected to queries
                and keys (fairseq's conformers); "alibi" (arXiv 2108.12409, symmetric and with a learned
@@ -34,6 +35,9 @@ class AttentionOptions:
     buckets    of "buckets": how many, half of them for keys to the right; `max_distance` and beyond share one
     chunk      0: all frames see all; n: a frame sees its chunk of n frames and those before it, so 1 is causal
     left       of chunks: how many earlier ones are seen, -1 for all
+    impl       "auto": a fused kernel where there is one for the hardware and for all that is asked, else "xla"; or a
+               kernel by name, "splash", "flash", "cudnn" (see attention_kernels.py), to compare: it must fit wherever
+               the model is used
     """
 
     positions: str = "none"
@@ -44,9 +48,12 @@ class AttentionOptions:
     after: int = 8
     chunk: int = 0
     left: int = -1
+    impl: str = "auto"
 
     def __post_init__(self):
         where = "config.model.attention"
+        if self.impl not in IMPLS:
+            raise UserError(f"{where}.impl={self.impl!r}: there are {', '.join(IMPLS)}")
         if self.positions not in KINDS:
             raise UserError(f"{where}.positions={self.positions!r}: there are {', '.join(KINDS)}")
         if self.gated and self.positions != "buckets":
