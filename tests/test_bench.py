@@ -26,6 +26,15 @@ def test_the_default_source_has_the_hours_asked_for():
         (["--what=input", "--passes=-1"], "--passes=-1: must be positive"),
         (["--what=input", "--repeats=half"], "invalid int value: 'half'"),
         (["--what=input", "--repeat=3"], "unrecognized arguments: --repeat=3"),
+        (["--what=train"], "required: --config"),
+        (["--what=train", "--config=a.py", "--hours=1"], "unknown argument '--hours=1'"),
+        (["--what=train", "--config=a.py", "--threads=0"], "--threads=0: must be positive"),
+        (["--what=train", "--config=a.py", "--batch-seconds=-1"], "--batch-seconds=-1.0: must be positive"),
+        (["--what=train", "--config=a.py", "--peer=fairseq"], "invalid choice: 'fairseq'"),
+        (["--what=train", "--config=a.py", "--peer=hf", "--variants=eager,fast"], "--variants=fast: choose from eager"),
+        (["--what=train", "--config=a.py", "--variants=eager"], "--variants are of a --peer"),
+        (["--what=inference", "--config=a.py", "--data"], "--data is of --what=train"),
+        (["--what=input", "--config.train.seed=1"], "unrecognized arguments: --config.train.seed=1"),
     ],
 )
 def test_mistakes_in_arguments(arguments, message, capsys):
@@ -35,11 +44,31 @@ def test_mistakes_in_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_help_has_an_example(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "there", "not_there"),
+    [
+        ([], "--what", "--hours"),
+        (["--what=train"], "--tuned-malloc", "--hours"),
+        (["--what=input"], "--hours", "--peer "),
+    ],
+)
+def test_help_has_examples_and_the_options_of_what_is_measured(arguments, there, not_there, capsys):
     with pytest.raises(SystemExit) as leaving:
-        bench.parse_args(["--help"])
+        bench.parse_args([*arguments, "--help"])
     assert leaving.value.code == 0
-    assert "python -m speechjax.bench --what=input\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "python -m speechjax.bench --what=input\n" in said
+    options = said[said.index("\noptions:") :]
+    assert there in options
+    assert not_there not in options
+
+
+def test_overrides_of_the_config_are_kept_apart():
+    args = bench.parse_args(
+        ["--what=train", "--config=a.py", "--config.train.seed=1", "--peer=hf", "--variants=compile,bf16"]
+    )
+    assert args.overrides == ["train.seed=1"]
+    assert args.variants == ("compile", "bf16")
 
 
 def test_a_place_for_the_json_that_is_not_there_is_noticed_first(tmp_path):
