@@ -33,3 +33,12 @@ def real_speech() -> Path:
     if not (folder / "fsdd").is_dir():
         pytest.skip(f"no real speech at {folder} (set SPEECHJAX_REAL_SPEECH)")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of slow.txt, which were measured; what is slow by its nature has the mark in its file."""
+    lines = Path(__file__).with_name("slow.txt").read_text("utf-8").splitlines()
+    slow = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)

@@ -142,7 +142,7 @@ def test_tensorflow_lives_in_data_alone(name):
 
 
 def test_the_low_rooms_do_not_know_the_loop():
-    allowed = {"paths", "errors", "sharding", "ewc"}
+    allowed = {"paths", "errors", "sharding", "ewc", "distributed"}
     for name in in_rooms("paths", "errors", "sharding", "optim", "checkpoint", "display"):
         assert {room(n) for n in imports(modules()[name]) if top(n) == "speechjax"} <= allowed
 

@@ -15,9 +15,9 @@ import soundfile
 from speechjax import config as configs
 from speechjax import evaluate
 from speechjax.data import pipeline
-from speechjax.errors import UserError
+from speechjax.errors import DONE, UserError
 from speechjax.logs import read_metrics
-from speechjax.train import DONE, train
+from speechjax.train import train
 
 REPO = Path(__file__).resolve().parent.parent
 

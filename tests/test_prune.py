@@ -23,6 +23,7 @@ from speechjax.runs import read_config
 from speechjax.step import ratio, stream_keys
 from speechjax.warm_start import warm_start
 from tests.adapting import LORA, hashes, opened, write_run
+from tests.choice import some
 from tests.drawing import draw_params
 from tests.tasks.experiments import REPO, experiment, make_batch
 
@@ -98,7 +99,7 @@ def smaller(config: Any, variables: Any, chosen: pruning.Plan) -> tuple[Any, dic
 # ---- what stays does what it did
 
 
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", some(MODELS, ["unrolled", "rotary"]))
 def test_heads_and_units_that_say_nothing_go_without_a_trace(model):
     config, task, variables = make(model)
     block = config.model.to_dict()
@@ -200,7 +201,7 @@ def loss_importance(config: Any, task: Any, variables: Any, batches: Any) -> pru
     return pruning.Gradients(task, variables, config.model.to_dict(), step=0, seed=0)(batches)
 
 
-@pytest.mark.parametrize("model", ["unrolled", "shaw"])
+@pytest.mark.parametrize("model", some(["unrolled", "shaw"], ["unrolled"]))
 def test_importance_is_how_the_loss_changes(model):
     """A head or a unit times 1 +- h is the rows of the next kernel times that."""
     config, task, variables = make(model)

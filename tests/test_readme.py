@@ -59,7 +59,7 @@ def test_every_prepare_command_is_understood():
         assert parse_mixture(args.source)
 
 
-@pytest.mark.parametrize("verb", ["convert", "export"])
+@pytest.mark.parametrize("verb", ["convert", "export", "launch"])
 def test_every_command_of_a_verb_is_understood(verb):
     module = importlib.import_module(f"speechjax.{verb}")
     found = [words for words in commands() if f"speechjax.{verb}" in words]

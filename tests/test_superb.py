@@ -148,7 +148,7 @@ def test_a_miniature_trains_its_head_alone_and_is_scored(tmp_path):
     config = load("ic", "size=tiny,smoke", (f"data.cache_dir={tmp_path / 'cache'}",))
     (tmp_path / "run").mkdir()
     _, data = experiment.open_experiment(config, tmp_path / "run")
-    assert train.train(config, data, tmp_path / "run") == train.DONE
+    assert train.train(config, data, tmp_path / "run") == 0
     entries = read_metrics(tmp_path / "run")
     [score] = [entry for entry in entries if entry["split"] == "test"]
     assert 0 <= score["accuracy"] <= min(score[f"accuracy_{head}"] for head in config.task.heads)

@@ -56,6 +56,7 @@ def test_synthetic_sound_agrees_with_nara(microphones, keywords):
     _check_against_nara(*_spectra(sounds, microphones, n_fft=64, hop=32, sample_rate=8000), **keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microphones", [1, 2])
 def test_real_speech_agrees_with_nara(real_speech, microphones):
     digits, sentences = speech(real_speech, seconds=1.3)

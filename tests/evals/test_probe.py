@@ -9,11 +9,11 @@ import soundfile
 
 from speechjax import config as configs
 from speechjax.data import pipeline
-from speechjax.errors import UserError
+from speechjax.errors import DONE, UserError
 from speechjax.evals import _cache, _probe_tables
 from speechjax.evals.probe import Probe
 from speechjax.logs import read_metrics
-from speechjax.train import DONE, train
+from speechjax.train import train
 
 
 @pytest.fixture(scope="module")

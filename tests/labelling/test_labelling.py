@@ -11,7 +11,6 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from speechjax.audio import features as audio_features
@@ -22,6 +21,7 @@ from speechjax.labelling import assign, fit, windows
 from speechjax.labelling.codebook import Codebook, load_codebook
 from speechjax.labelling.features import Features, mfcc, mfcc39
 from speechjax.labelling.report import phone_of_units
+from speechjax.sharding import make_mesh
 
 SECONDS = (1.7, 0.02, 5.3, 0.9, 3.1, 0.4)  # the second is too short for a frame
 
@@ -51,8 +51,7 @@ def open_whole(folder: Path, cache: Path) -> Records:
 
 
 def mesh(devices: int = 4) -> jax.sharding.Mesh:
-    auto = (AxisType.Auto,) * 2
-    return jax.make_mesh((devices, 1), ("data", "fsdp"), devices=jax.devices()[:devices], axis_types=auto)
+    return make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
 
 
 def material(records: Records, features: Features, seconds: float = 2.0, devices: int = 4) -> fit.Material:

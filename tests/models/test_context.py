@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from speechjax.models.transformer import Transformer
+from tests.choice import some
 
 T, D, CHUNK = 32, 16, 4
 # Segments of packed rows start at multiples of four frames; after a gap, of one frame, up to the last.
@@ -64,7 +65,10 @@ def runner(random_params):
 PACKED = [(kind, {}) for kind in KINDS] + [(kind, dict(chunk=3, left=1)) for kind in CAUSAL]
 
 
-@pytest.mark.parametrize(("kind", "context"), PACKED, ids=[f"{k}, chunks" if c else k for k, c in PACKED])
+@pytest.mark.parametrize(
+    ("kind", "context"), some(PACKED, [PACKED[0], PACKED[3], PACKED[-2]]),
+    ids=[f"{k}, chunks" if c else k for k, c in PACKED],
+)  # fmt: skip
 def test_a_segment_of_a_packed_row_is_as_alone(runner, kind, context):
     run = runner(kind, **context)
     packed = run(X, IDS)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from speechjax import sharding
@@ -156,8 +155,7 @@ def test_one_device_or_four_make_no_difference():
     points, valid = blobs(), np.arange(400) % 7 > 0
     results = []
     for devices in (1, 4):
-        auto = (AxisType.Auto,) * 2
-        mesh = jax.make_mesh((devices, 1), ("data", "fsdp"), devices=jax.devices()[:devices], axis_types=auto)
+        mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
         split = sharding.global_batch(mesh, {"x": points, "valid": valid})
         assert len(split["x"].addressable_shards) == devices
         clusters = jax.device_put(kmeans.start(jnp.asarray(points[:K])), sharding.replicated(mesh))

@@ -54,7 +54,7 @@ def test_what_fits_builds_the_task(blocks):
         (dict(positions=dict(name="learned")), r"positions\.name='learned': there are conv, sinusoidal, none"),
         (dict(positions=dict(name="sinusoidal", kernel=3)), r"positions has no 'kernel'; allowed: $"),
         (dict(attention=dict(positions="rope")), r"attention\.positions='rope': there are none, rotary"),
-        (dict(attention=dict(chunks=3)), r"attention has no 'chunks'; allowed: .*chunk, gated, left"),
+        (dict(attention=dict(chunks=3)), r"attention has no 'chunks'; allowed: .*chunk, gated, .*left"),
         (dict(attention=dict(left=3)), "left needs a chunk"),
         (dict(block=dict(name="lstm")), r"block\.name='lstm': there are transformer, conformer, gru"),
         (dict(block=dict(name="transformer", kernel=3)), r"block has no 'kernel'"),

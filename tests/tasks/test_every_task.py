@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from speechjax import sharding
 from speechjax.step import init_state, stream_keys, train_step
+from tests.choice import some
 from tests.tasks.experiments import EXPERIMENTS, HEADS, experiment, make_batch
 
 # These mask the spectrogram, cut masked frames out, or mask nothing: they have no use for the encoder's mask token.
@@ -41,8 +42,7 @@ def begun(name: str) -> tuple[Any, Any, Any]:
 def program(name: str, devices: int) -> tuple[Any, Any]:
     """(mesh, the jitted step)."""
     task, tx, _ = begun(name)
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((devices, 1), ("data", "fsdp"), devices=jax.devices()[:devices], axis_types=auto)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
     return mesh, jax.jit(functools.partial(train_step, task, tx, 0, 10))
 
 
@@ -75,12 +75,12 @@ def _losses(name: str, train: bool) -> Any:
     return jax.jit(run)
 
 
-each = pytest.mark.parametrize(
-    "name", [*sorted(EXPERIMENTS), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(HEADS))]
-)
+NAMES = [*sorted(EXPERIMENTS), *sorted(HEADS)]
+each = pytest.mark.parametrize("name", some(NAMES, EXPERIMENTS))
+few = pytest.mark.parametrize("name", some(NAMES, ("wav2vec2", "best_rq", "apc")))  # what compiles whole steps
 
 
-@each
+@few
 def test_one_device_is_four_devices(name):
     one, four = stepped(name, 1), stepped(name, 4)
     assert int(one[0].step) == 2
@@ -96,7 +96,7 @@ def test_one_device_is_four_devices(name):
         )
 
 
-@each
+@few
 def test_a_step_that_is_not_finite_leaves_teachers_and_codebooks_alone(name):
     task, _, state = begun(name)
     mesh, step = program(name, 1)
@@ -109,7 +109,7 @@ def test_a_step_that_is_not_finite_leaves_teachers_and_codebooks_alone(name):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, tree), getattr(state, tree))
 
 
-@each
+@few
 def test_micro_batches_fit_every_task(name):
     """Traced only: what is in the batch can be cut into parts, and what is sown and weighed added up."""
     task, tx, state = begun(name)
