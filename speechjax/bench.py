@@ -10,8 +10,8 @@
 train: the update as training compiles it: its time and that of its parts, audio-hours a second, model FLOPs and their
 share of what the device can multiply (MFU), compile time, memory.  inference: the encoder's forward pass on a padded
 batch.  Both need neither recordings nor TensorFlow.  With --peer=hf the same work runs in transformers and torch, in
-turns with ours and as many threads, and ratios are shown with their spread; both compute the same function, so
-what only our objectives have is switched off, and shown as changed.  Any key of the config is set as
+turns with ours, in a process of its own with as many threads, and ratios are shown with their spread; both compute the
+same function, so what only our objectives have is switched off, and shown as changed.  Any key of the config is set as
 --config.block.key=value.
 
 input: audio-hours a core-minute from every kind of source, beside the bare decoder and what other loaders need for the
@@ -19,7 +19,6 @@ same files, interleaved in one run.  PyTorch and lhotse take part where they are
 """
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from speechjax.errors import UserError
-from speechjax.verb import leave, split_overrides
+from speechjax.verb import keep_memory, leave, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -91,7 +90,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=10, metavar="N", help="rounds (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="of the CPU, for both sides; this process is bound to as many "
         "processors (default: all)")  # fmt: skip
-    add("--tuned-malloc", action="store_true", help="let glibc keep freed memory, for both sides")
+    add("--tuned-malloc", action="store_true", help="let glibc keep freed memory for the peer too, as it does for us")
     add("--data", action="store_true", help="train: also measure the wait for batches of config.data.source")
 
 
@@ -131,8 +130,6 @@ def _measure_input(args: argparse.Namespace) -> int:
 def _measure_model(args: argparse.Namespace) -> int:
     if args.threads:
         _bind(args.threads)
-    if args.tuned_malloc:
-        _tune_malloc()
     if args.peer and not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")  # the other half is torch's
     import jax
@@ -140,10 +137,11 @@ def _measure_model(args: argparse.Namespace) -> int:
     from speechjax.speed import measure, report
 
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
+    keep_memory()
     options: dict[str, Any] = {name: getattr(args, name) or 0.0 for name in ("batch_seconds", "crop_seconds")}
     result = measure.measure(measure.Options(
         what=args.what, config=args.config, overrides=args.overrides, peer=bool(args.peer), variants=args.variants,
-        dtype=args.dtype, repeats=args.repeats, data=args.data, **options,
+        dtype=args.dtype, repeats=args.repeats, data=args.data, tuned=args.tuned_malloc, **options,
     ))  # fmt: skip
     result["machine"]["tuned_malloc"] = args.tuned_malloc
     report.show(result)
@@ -163,15 +161,6 @@ def _bind(threads: int) -> None:
     if threads > len(there):
         raise UserError(f"--threads={threads}: this process may use {len(there)} processors")
     os.sched_setaffinity(0, there[:threads])
-
-
-def _tune_malloc() -> None:
-    """Freed memory stays with the process, so large arrays do not cost page faults again and again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    top_pad, trim, mmap = -2, -1, -3  # M_TOP_PAD, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    most = 2**31 - 1
-    if not mallopt or not all([mallopt(trim, most), mallopt(top_pad, 2**28), mallopt(mmap, 2**30)]):
-        raise UserError("--tuned-malloc needs glibc")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speechjax.verb import keep_compiled, leave, split_overrides
+from speechjax.verb import keep_compiled, keep_memory, leave, split_overrides
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -50,6 +50,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     keep_compiled()
     distributed.init(start_seconds=args.start_seconds, peer_seconds=args.peer_seconds)
+    keep_memory()
     distributed.watchdog.patience = args.stall_seconds
     distributed.watchdog.expect("the data and the compiled step", times=10)
     distributed.agree("the settings", configs.digest(config))

@@ -1,6 +1,7 @@
 """What all verbs share: from an exception to one clear line and an exit code."""
 
 import argparse
+import ctypes
 import errno
 import logging
 import os
@@ -39,6 +40,28 @@ def keep_compiled() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/speechjax/xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def keep_memory() -> None:
+    """Steps on a CPU find the memory of the step before; call it before the first computation.
+
+    XLA allocates a step's temporaries anew every time, and glibc would return them to the system after every step: all
+    their pages would be mapped and zeroed again.  Freed memory stays with the heap that the main thread allocates from,
+    so that thread has to run the steps itself.  Does nothing where JAX computes elsewhere, or without glibc.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Whether glibc is there and was told to keep what is freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    top_pad, trim, mmap = -2, -1, -3  # M_TOP_PAD, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    most = 2**31 - 1
+    return bool(mallopt) and all([mallopt(trim, most), mallopt(top_pad, 2**28), mallopt(mmap, most)])
 
 
 def call(command: Sequence[str], log_file: Path) -> int:

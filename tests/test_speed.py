@@ -16,11 +16,59 @@ from speechjax.data.pipeline import batch_spec
 from speechjax.data.plan import Shape
 from speechjax.errors import UserError
 from speechjax.speed import ceiling, measure, ours, report, turns, work
+from speechjax.speed.apart import Apart
 from speechjax.speed.turns import Contestant, Timing
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = f"{REPO}/configs/pretrain/wav2vec2.py:size=tiny,smoke"
 HUBERT = f"{REPO}/configs/pretrain/hubert.py:size=tiny,smoke"
+
+
+# ---- the other process
+
+
+class Side:
+    """Stands for a side of the peer."""
+
+    def __init__(self, error=""):
+        self.error, self.here = error, 0
+
+    def open(self):
+        if self.error:
+            raise {"user": UserError, "value": ValueError}[self.error]("cannot\nbe opened")
+
+    def run(self, steps):
+        self.here += steps
+        sum(range(2_000_000))
+
+    def process(self):
+        return os.getpid()
+
+    def die(self):
+        os._exit(7)
+
+
+def test_the_peer_runs_in_another_process():
+    other = Apart(Side)
+    run = other.open()
+    assert 0 < run(3) < 10, "its own CPU seconds"
+    assert other.ask("here") == 3
+    assert other.ask("process") != os.getpid()
+    with pytest.raises(RuntimeError, match="AttributeError: 'Side' object has no attribute 'nothing'"):
+        other.ask("nothing")
+    assert other.ask("here") == 3, "it goes on after an error"
+    with pytest.raises(RuntimeError, match="its process ended with code 7"):
+        other.ask("die")
+    other.close()
+    other.close()
+
+
+@pytest.mark.parametrize(("error", "kind"), [("user", UserError), ("value", RuntimeError)])
+def test_what_fails_in_the_other_process_fails_here(error, kind):
+    other = Apart(Side, error)
+    with pytest.raises(kind, match="cannot\nbe opened"):
+        other.open()
+    other.close()
 
 
 # ---- turns
@@ -37,6 +85,9 @@ class Clock:
 
     def process_time(self):
         return 2 * self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture

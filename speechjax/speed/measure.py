@@ -15,6 +15,7 @@ from speechjax import config as configs
 from speechjax import sharding
 from speechjax.errors import UserError
 from speechjax.speed import ceiling, machine, peer, work
+from speechjax.speed.apart import Apart
 from speechjax.speed.ours import PARTS, Encoding, Training, used_memory
 from speechjax.speed.turns import Contestant, Timing, speedup, spread, take_turns
 
@@ -24,7 +25,10 @@ SHORTEST = 0.6  # of the longest row, in a batch for inference
 
 @dataclass(frozen=True)
 class Options:
-    """`what` is "train" or "inference"; seconds of 0 and no variants are chosen by device and type, see `measure`."""
+    """`what` is "train" or "inference"; seconds of 0 and no variants are chosen by device and type, see `measure`.
+
+    `tuned`: the peer's allocator keeps freed memory, as ours does on CPUs.
+    """
 
     what: str
     config: str
@@ -36,6 +40,7 @@ class Options:
     crop_seconds: float = 0.0
     repeats: int = 10
     data: bool = False
+    tuned: bool = False
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def measure(options: Options) -> dict[str, Any]:
     ran = not timings[0].error
     memory = {
         "host": machine.memory(), "device": used_memory() or (side.memory if ran else None), "planned": side.memory,
-        "peer": peer.used_memory() if theirs else None,
+        "peer": max((one.memory() or 0 for one in theirs.values()), default=0) or None,
     }  # fmt: skip
     same = _same(side, next(iter(theirs.values())), timings) if theirs else {}
     for one in theirs.values():
@@ -89,7 +94,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def _check_peer() -> None:
-    peer.libraries()
+    peer.check()
     if (devices := jax.device_count()) > 1:
         raise UserError(f"--peer=hf runs on one device, here are {devices}: hide the others (CUDA_VISIBLE_DEVICES=0)")
 
@@ -115,7 +120,7 @@ def _theirs(options: Options, config: Any, side: Training | Encoding, batch: wor
     variants = options.variants or (("bf16", "bf16+compile") if config.model.dtype == "bfloat16" else ("eager",))
     kind = peer.TheirTraining if options.what == "train" else peer.TheirEncoding
     params = side.parameters_at_first()
-    return {f"transformers {name}": kind(config, params, batch, name) for name in variants}
+    return {f"transformers {name}": Apart(kind, config, params, batch, name, tuned=options.tuned) for name in variants}
 
 
 def _same(side: Any, theirs: Any, timings: list[Timing]) -> dict[str, Any]:
@@ -127,8 +132,9 @@ def _same(side: Any, theirs: Any, timings: list[Timing]) -> dict[str, Any]:
     if timings[0].error or timings[1].error:
         return {}
     if isinstance(side, Training):
-        return {"loss": [side.first["loss"], theirs.losses[0]], "grad_norm": [side.first["grad_norm"], theirs.norms[0]]}
-    ours, others = side.frames()[0], theirs.frames()[0]
+        losses, norms = theirs.ask("losses"), theirs.ask("norms")
+        return {"loss": [side.first["loss"], losses[0]], "grad_norm": [side.first["grad_norm"], norms[0]]}
+    ours, others = side.frames()[0], theirs.ask("frames")[0]
     return {"difference": float(np.abs(ours - others).max() / ours.std())}
 
 

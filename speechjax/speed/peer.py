@@ -12,6 +12,7 @@ Shapes: B batch, S samples, T frames, M masked frames, K negatives, P projection
 import contextlib
 import functools
 import gc
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -35,25 +36,29 @@ VARIANTS = ("eager", "compile", "bf16", "bf16+compile")
 AHEAD = 64  # masks that are made before an accelerator is timed; its loaders' workers would make them meanwhile
 
 
+def check() -> None:
+    """UserError where torch or transformers is not installed, or JAX computes where torch cannot."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--peer=hf: {name} is not installed: run `pip install torch transformers`")
+    if (backend := jax.default_backend()) not in ("cpu", "gpu"):
+        raise UserError(f"--peer=hf: JAX computes on {backend}, where torch cannot; JAX_PLATFORMS=cpu compares CPUs")
+
+
 @functools.cache
 def libraries() -> tuple[Any, Any]:
-    """(torch, transformers); UserError where they are not installed, or torch cannot compute where JAX does."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"--peer=hf: {error.name} is not installed: run `pip install torch transformers`") from None
-    backend = jax.default_backend()
-    if backend not in ("cpu", "gpu") or (backend == "gpu" and not torch.cuda.is_available()):
-        raise UserError(
-            f"--peer=hf: JAX computes on {backend}, where this torch cannot; JAX_PLATFORMS=cpu compares CPUs"
-        )
+    """(torch, transformers), ready for `device()`; UserError where torch does not see it."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    if backend == "gpu":
+    if device() == "cpu":
+        torch.set_num_threads(threads())
+    elif torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # as JAX there
     else:
-        torch.set_num_threads(threads())
+        raise UserError("--peer=hf: JAX computes on a GPU, where this torch cannot")
     return torch, transformers
 
 
@@ -97,9 +102,18 @@ class Translation:
         return model.to(device())
 
 
+_device = ""
+
+
 def device() -> str:
-    """Where torch computes: where JAX does."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+    """Where torch computes, "cpu" or "cuda": where JAX does, unless `compute_on` has said it."""
+    return _device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
+
+
+def compute_on(device: str) -> None:
+    """For processes in which JAX must not start: it would take memory of the device."""
+    global _device
+    _device = device
 
 
 def audio_of(config: Any, batch: Batch) -> Any:
@@ -128,12 +142,6 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def used_memory() -> int | None:
-    """The most bytes of a GPU that torch has had in use at once, for all variants; None on CPUs."""
-    torch, _ = libraries()
-    return int(torch.cuda.max_memory_allocated()) if device() == "cuda" else None
-
-
 def _free() -> None:
     """Returns what torch keeps of a GPU's memory for itself."""
     torch, _ = libraries()
@@ -142,7 +150,16 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-class TheirTraining:
+class _Side:
+    """What both sides below have."""
+
+    def used_memory(self) -> int | None:
+        """The most bytes of a GPU that torch has had in use at once; None on CPUs."""
+        torch, _ = libraries()
+        return int(torch.cuda.max_memory_allocated()) if device() == "cuda" else None
+
+
+class TheirTraining(_Side):
     """Their training step on one batch, again and again; `losses` and `norms` of the first two steps are kept.
 
     Raises UserError where transformers has no class for the encoder, or nothing like the objective.
@@ -280,7 +297,7 @@ def drawn_ahead(draw: Callable, pin: Callable[[Any], Any]) -> Callable:
     return lambda: ahead[next(number) % AHEAD]
 
 
-class TheirEncoding:
+class TheirEncoding(_Side):
     """Their encoder's forward pass on a padded batch with its mask, without gradients."""
 
     model: Any = None

@@ -16,8 +16,9 @@ from speechjax.errors import UserError
 
 log = logging.getLogger("speechjax")
 
-Run = Callable[[int], Any]  # does so many steps, and returns once they are done
+Run = Callable[[int], Any]  # does so many steps, returns once they are done; CPU seconds where another process did them
 LEAST_SECONDS = 0.25  # of a sample: of shorter steps one sample has several
+REST_SECONDS = 0.25  # between samples: threads that wait for work spin for a while before they sleep
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """Seconds a step, one number a round: `wall`, and `cpu` of all threads of this process.
+    """Seconds a step, one number a round: `wall`, and `cpu` of all threads of the process.
 
     `first` are the seconds of the first step, with all that is compiled or allocated then; `steps` is how many a sample
     has.  `error` says in one line why it has no more rounds.
@@ -75,23 +76,26 @@ def take_turns(contestants: Sequence[Contestant], repeats: int) -> list[Timing]:
 def _ready(contestant: Contestant, timing: Timing) -> Run:
     """Opened, warm, and with the number of steps that a sample needs."""
     run = contestant.open()
-    timing.first = _seconds(run, 1)
-    again = _seconds(run, 1)
+    timing.first, _ = _seconds(run, 1)
+    again, _ = _seconds(run, 1)
     timing.steps = max(1, math.ceil(LEAST_SECONDS / max(again, 1e-6)))
     return run
 
 
 def _sample(run: Run, timing: Timing) -> Run:
-    cpu = time.process_time()
-    timing.wall.append(_seconds(run, timing.steps) / timing.steps)
-    timing.cpu.append((time.process_time() - cpu) / timing.steps)
+    time.sleep(REST_SECONDS)
+    wall, cpu = _seconds(run, timing.steps)
+    timing.wall.append(wall / timing.steps)
+    timing.cpu.append(cpu / timing.steps)
     return run
 
 
-def _seconds(run: Run, steps: int) -> float:
-    began = time.perf_counter()
-    run(steps)
-    return time.perf_counter() - began
+def _seconds(run: Run, steps: int) -> tuple[float, float]:
+    """(of the clock, of the CPU)."""
+    began, cpu = time.perf_counter(), time.process_time()
+    spent = run(steps)
+    wall = time.perf_counter() - began
+    return wall, spent if isinstance(spent, float) else time.process_time() - cpu
 
 
 def _guarded(contestant: Contestant, timing: Timing, action: Callable[[], Run]) -> Run | None:

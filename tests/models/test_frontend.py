@@ -50,16 +50,23 @@ def test_windows_are_the_windows(kernel, stride, samples):
     np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2)])
-def test_strided_conv_equals_the_library(kernel, stride):
+@pytest.mark.parametrize("samples", [40, 41, 42])
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (10, 5), (7, 3), (2, 3)])
+def test_strided_conv_and_its_gradients_equal_the_library(kernel, stride, samples):
     rng = np.random.default_rng(0)
-    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 41, 3), (kernel, 3, 4)))
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, samples, 3), (kernel, 3, 4)))
+    g = rng.normal(size=(2, (samples - kernel) // stride + 1, 4)).astype(np.float32)
     library = lambda x, w: lax.conv_general_dilated(  # noqa: E731
         x, w, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
-    both = jax.jit(lambda x, w: [jax.vjp(f, x, w)[0] for f in (lambda x, w: strided_conv(x, w, stride), library)])
-    ours, theirs = both(x, w)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32 sums of nine terms
+
+    def both(f):
+        y, back = jax.vjp(f, x, w)
+        return y, *back(g)
+
+    ours = jax.jit(lambda: both(lambda x, w: strided_conv(x, w, stride)))()
+    for mine, theirs in zip(ours, jax.jit(lambda: both(library))(), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)  # float32 sums of some dozen terms
 
 
 def plain_group_norm(x, kernel, scale, offset, lengths, stride):
