@@ -25,7 +25,7 @@ CONFIG = "configs/pretrain/wav2vec2.py:size=tiny"
 
 def command(verb: list[str], workdir: Path, args: argparse.Namespace) -> list[str]:
     settings = [
-        f"data.source={args.source}", f"train.steps={args.steps}", "train.log_every=5",
+        f"data.source={args.source}", "data.shapes=1", f"train.steps={args.steps}", "train.log_every=5",
         "train.checkpoint_every=20", f"train.eval_every={args.steps}",
     ]  # fmt: skip
     return [
@@ -34,8 +34,8 @@ def command(verb: list[str], workdir: Path, args: argparse.Namespace) -> list[st
     ]  # fmt: skip
 
 
-def workers(launcher: int) -> list[int]:
-    """Processes of the main job that the launcher has started, in their order."""
+def workers(workdir: Path) -> list[int]:
+    """Processes of the job in `workdir`, in their order."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -43,7 +43,7 @@ def workers(launcher: int) -> list[int]:
             environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"speechjax.main" in line:
+        if b"speechjax.main" in line and f"--workdir={workdir}".encode() in line:
             number = [e for e in environment if e.startswith(b"SPEECHJAX_PROCESS=")]
             found += [(int(number[0].split(b"=")[1]), int(entry.name))] if number else []
     return [pid for _, pid in sorted(found)]
@@ -75,10 +75,10 @@ def main() -> None:
             assert launcher.poll() is None, "the job ended before it was killed"
             time.sleep(0.1)
         victim = draw.randrange(4)
-        pids = workers(launcher.pid)
+        pids = workers(four)
         kills.append(dict(step=step_of(four), process=victim))
         os.kill(pids[victim], signal.SIGKILL)
-        while set(pids) & set(workers(launcher.pid)):
+        while set(pids) & set(workers(four)):
             time.sleep(0.1)
     code = launcher.wait()
     summary(args, one, four, kills, code)
