@@ -21,19 +21,19 @@ MODELS = {  # and the seconds of a row
     "hubert xlarge": ("hubert.py:size=xlarge", 15.625),
     "best_rq 600M": ("best_rq.py:size=paper", 16.0),
 }
-FIRST = 8  # rows a device; a batch that is far too large takes a compiler longest
-TOPOLOGIES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "h100:8": 8, "a100:8": 8}
+FIRST = 8  # rows a device and 16 GiB of its memory; a batch that is far too large takes a compiler longest
+TOPOLOGIES = {"v5e:4x4": (16, 16), "v5p:2x2x4": (16, 96), "v6e:4x4": (16, 32), "h100:8": (8, 64), "a100:8": (8, 64)}
 
 
 def measure(model: str, topology: str, out: Path) -> dict[str, Any]:
     """What the verb writes; {} where it fails, with its log beside."""
     file = out / f"{model}-{topology}.json".replace(" ", "_").replace(":", "_")
     if not file.exists():
-        (config, seconds), devices = MODELS[model], TOPOLOGIES[topology]
+        (config, seconds), (devices, gib) = MODELS[model], TOPOLOGIES[topology]
         command = [
             sys.executable, "-m", "speechjax.aot", f"--config={CONFIGS / config}", f"--topology={topology}",
             f"--mesh.fsdp={devices}", f"--config.data.row_multiple={devices}",
-            f"--config.data.batch_seconds={FIRST * devices * seconds}", "--largest", f"--json={file}",
+            f"--config.data.batch_seconds={FIRST * gib // 16 * devices * seconds}", "--largest", f"--json={file}",
         ]  # fmt: skip
         with open(file.with_suffix(".log"), "w") as log:
             subprocess.run(command, stdout=log, stderr=log, check=False)
