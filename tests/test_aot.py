@@ -185,11 +185,11 @@ def test_a_step_for_an_accelerator(topology, compiler, tmp_path, request):
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
 @pytest.mark.parametrize("config", ["wav2vec2.py:size=large", "best_rq.py:size=paper"])
 def test_the_large_models_compile_for_a_pod(config, topology, tpu, tmp_path):
-    """In parts that fit: what is asked for is that the real step of the real sizes goes through the compiler."""
+    """With few rows a device: what is asked for is that the real step of the real sizes goes through the compiler."""
     file = tmp_path / "found.json"
     done = process(
         f"--config={REPO}/configs/pretrain/{config}", f"--topology={topology}", f"--json={file}", "--mesh.fsdp=16",
-        "--config.train.device_seconds=64",
+        "--config.data.batch_seconds=1024",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())

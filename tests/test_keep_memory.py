@@ -1,0 +1,40 @@
+"""On a CPU a step works in the memory of the step before."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from speechjax.verb import keep_memory
+
+if sys.argv[1] == "kept":
+    keep_memory()
+step = jax.jit(lambda x: jnp.sum(jnp.abs(jnp.fft.rfft(x))))
+x = jnp.ones((2000, 8000))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step(x).block_until_ready()
+before = faults()
+for _ in range(3):
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+def page_faults(how: str) -> int:
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, how], capture_output=True, text=True, timeout=300, env=env, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is told to keep it")
+def test_steps_do_not_ask_the_system_for_memory_again():
+    pages = 2000 * 4001 * 8 / os.sysconf("SC_PAGE_SIZE")  # of the temporaries of a step
+    assert page_faults("kept") < 0.1 * pages
+    assert page_faults("returned") > pages, "negative control"
