@@ -132,7 +132,7 @@ def test_flags_that_make_no_sense(flags, message, capsys):
 def process(*flags: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
     command = [sys.executable, "-m", "speechjax.aot", *flags]
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_mistake_is_one_line_of_a_process():
