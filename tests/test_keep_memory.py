@@ -16,7 +16,7 @@ if sys.argv[1] == "kept":
 step = jax.jit(lambda x: jnp.sum(jnp.abs(jnp.fft.rfft(x))))
 x = jnp.ones((2000, 8000))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(6):
     step(x).block_until_ready()
 before = faults()
 for _ in range(3):
@@ -26,7 +26,8 @@ print(faults() - before)
 
 
 def page_faults(how: str) -> int:
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env |= {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", STEPS, how], capture_output=True, text=True, timeout=300, env=env, check=True
     )
@@ -36,5 +37,7 @@ def page_faults(how: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is told to keep it")
 def test_steps_do_not_ask_the_system_for_memory_again():
     pages = 2000 * 4001 * 8 / os.sysconf("SC_PAGE_SIZE")  # of the temporaries of a step
-    assert page_faults("kept") < 0.1 * pages
-    assert page_faults("returned") > pages, "negative control"
+    returned = page_faults("returned")
+    assert returned > 3 * pages, "negative control"
+    # Mostly none; what a thread of the FFT allocates for itself is returned now and then.
+    assert page_faults("kept") < 0.5 * returned
