@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speechjax.verb import keep_compiled, keep_memory, leave, split_overrides
+from speechjax.verb import keep_compiled, keep_memory, leave, split_overrides, step_in_main_thread
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -49,6 +49,7 @@ def run(argv: Sequence[str] | None) -> int:
     from speechjax import distributed
 
     keep_compiled()
+    step_in_main_thread()
     distributed.init(start_seconds=args.start_seconds, peer_seconds=args.peer_seconds)
     keep_memory()
     distributed.watchdog.patience = args.stall_seconds

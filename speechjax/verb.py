@@ -51,9 +51,16 @@ def keep_memory() -> None:
     """
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    step_in_main_thread()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
+
+
+def step_in_main_thread() -> None:
+    """The half of `keep_memory` that has no effect once JAX has devices, as after `distributed.init`."""
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_freed_memory() -> bool:
