@@ -195,4 +195,8 @@ def test_the_large_models_compile_for_a_pod(config, topology, tpu, tmp_path):
     found = json.loads(file.read_text())
     assert found["devices"] == 16
     assert found["parameters"] > 3e8
-    assert found["collectives"]["all-gather"]["count"] > 24
+    travels = found["collectives"]
+    assert travels["all-reduce"]["count"] > 24, "something in every layer"
+    # In bfloat16, once forwards and once backwards: gathered whole, or sent on from neighbour to neighbour.
+    weights = sum(travels.get(kind, {"bytes": 0})["bytes"] for kind in ("all-gather", "collective-permute"))
+    assert weights > 2 * 2 * found["parameters"] * 15 / 16

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from speechjax.ahead.collectives import Traffic, collectives
@@ -73,3 +74,46 @@ def test_collectives_of_a_scheduled_module():
     }
     once = collectives(HLO.replace("known_trip_count", "unknown"))
     assert once["all-gather"] == Traffic(1, float(gathered))
+
+
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %end = u32[]{:T(128)} constant(8), metadata={op_name="index=9"}
+  %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%at, %end), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %by = u32[]{:T(128)} constant(2)
+  %q = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %x = f32[4]{0:T(128)} get-tuple-element(%q), index=0
+  %next = u32[]{:T(128)} add(%i, %by)
+  %y = f32[4]{0:T(128)} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (f32[4]{0:T(128)}, u32[]{:T(128)}) tuple(%y, %next)
+}
+
+ENTRY %main (arg: f32[4]) -> f32[4] {
+  %arg = (f32[4]{0}, u32[]) parameter(0)
+  %w = (f32[4]{0}, u32[]) while(%arg), condition=%cond, body=%body
+  ROOT %f = f32[4]{0:T(128)} get-tuple-element(%w), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "turns"),
+    [
+        (("", ""), 4),
+        (("constant(2)", "constant(3)"), 3),
+        (("add(%i, %by)", "fusion(%i), kind=kLoop, calls=%f"), 8),
+        (("direction=LT", "direction=NE"), 1),
+        (("constant(8)", "parameter(1)"), 1),
+        (("%cond, body", "%elsewhere, body"), 1),
+    ],
+    ids=["by two", "by three", "by what cannot be read", "not up to", "not constant", "no such condition"],
+)
+def test_turns_are_read_from_the_condition_where_the_compiler_wrote_none(change, turns):
+    assert collectives(LOOP.replace(*change)) == {"collective-permute": Traffic(turns, 16.0 * turns)}
