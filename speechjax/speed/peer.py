@@ -14,6 +14,7 @@ import functools
 import gc
 import importlib.util
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,7 +134,10 @@ def _autocast(variant: str) -> Any:
 
 def _compiled(module: Any, variant: str) -> Any:
     torch, _ = libraries()
-    return torch.compile(module) if "compile" in variant else module
+    if "compile" not in variant:
+        return module
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of each of their graph breaks, at length
+    return torch.compile(module)
 
 
 def _wait() -> None:

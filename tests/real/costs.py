@@ -29,7 +29,9 @@ def save(args: argparse.Namespace) -> None:
     from speechjax.checkpoint import Checkpoints
     from speechjax.optim import make_optimizer
     from speechjax.step import init_state
+    from speechjax.verb import keep_memory
 
+    keep_memory()  # as the main job does
     config = configs.load(args.config, [])
     task = configs.make_task(config)
     tx, _ = make_optimizer(steps=config.train.steps, **config.optim)
