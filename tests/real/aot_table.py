@@ -3,8 +3,8 @@
     python tests/real/aot_table.py --out=DIR
     python tests/real/aot_table.py --out=DIR --largest --models='best_rq 600M' --topologies=v5e:4x4,h100:8
 
-A batch that nearly fills the memory is compiled, or with --largest the largest one looked for, which begins anyway where
-that batch does not fit.  One compiler at a time, some minutes for each batch tried.  What is in DIR is not compiled
+A batch that nearly fills the memory is compiled; --largest looks for the largest one, as happens anyway where that
+batch does not fit.  One compiler at a time, some minutes for each batch tried.  What is in DIR is not compiled
 again, so the command can be given again after an interruption.  The state is split over all devices (--mesh.fsdp).
 """
 
