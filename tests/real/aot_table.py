@@ -18,9 +18,9 @@ from typing import Any
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "pretrain"
 MODELS = {  # and the seconds of a row, and the rows that 16 GiB held in earlier tries
     "wav2vec2 base": ("wav2vec2.py:size=base", 15.625, 36),
-    "wav2vec2 large": ("wav2vec2.py:size=large", 20.0, 14),
+    "wav2vec2 large": ("wav2vec2.py:size=large", 20.0, 18),
     "hubert xlarge": ("hubert.py:size=xlarge", 15.625, 6),
-    "best_rq 600M": ("best_rq.py:size=paper", 16.0, 56),
+    "best_rq 600M": ("best_rq.py:size=paper", 16.0, 74),
 }
 TOPOLOGIES = {"v5e:4x4": (16, 16), "v5p:2x2x4": (16, 96), "v6e:4x4": (16, 32), "h100:8": (8, 64), "a100:8": (8, 64)}
 
