@@ -80,7 +80,7 @@ def _computations(hlo: str) -> tuple[dict[str, _Computation], str]:
                 # What a start returns has its operands in it, or nothing else.
                 out = sizes[begin[1]] - into if start else sizes[begin[1]]
                 here.own.append((kind, max(into, out)))
-            turns = _TURNS.search(rest)
+            turns = _TURNS.search(rest) if operation == "while" else None
             if operation == "while" and not turns:
                 here.loops.append((_CONDITION.findall(rest)[0], _BODY.findall(rest)[0]))
             elif not operation.endswith(("-done", "-update")):
@@ -105,7 +105,8 @@ def _turns(condition: _Computation, body: _Computation) -> int:
     place, bound = _INDEX.search(condition.lines.get(counter, ("", ""))[1]), constant(condition, end)
     if not place or bound is None:
         return 1
-    following = list(_operands(body.lines[body.root][1]))[int(place[1])]
+    operation, rest = body.lines.get(body.root, ("", ""))
+    following = list(_operands(rest))[int(place[1])] if operation == "tuple" else ""
     operation, rest = body.lines.get(following, ("", ""))
     by = [constant(body, name) for name in _operands(rest)] if operation == "add" else []
     return -(-bound // next((step for step in by if step), 1))

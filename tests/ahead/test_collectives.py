@@ -109,11 +109,12 @@ ENTRY %main (arg: f32[4]) -> f32[4] {
         (("", ""), 4),
         (("constant(2)", "constant(3)"), 3),
         (("add(%i, %by)", "fusion(%i), kind=kLoop, calls=%f"), 8),
+        (("tuple(%y, %next)", "call(%q), to_apply=%f"), 8),
         (("direction=LT", "direction=NE"), 1),
         (("constant(8)", "parameter(1)"), 1),
         (("%cond, body", "%elsewhere, body"), 1),
     ],
-    ids=["by two", "by three", "by what cannot be read", "not up to", "not constant", "no such condition"],
+    ids=["by two", "by three", "by what cannot be read", "no tuple", "not up to", "not constant", "no such condition"],
 )
 def test_turns_are_read_from_the_condition_where_the_compiler_wrote_none(change, turns):
     assert collectives(LOOP.replace(*change)) == {"collective-permute": Traffic(turns, 16.0 * turns)}

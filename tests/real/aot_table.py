@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "pretrain"
-MODELS = {  # and the seconds of a row, and the rows that 16 GiB held in earlier tries
+MODELS = {  # and the seconds of a row, and the rows to try for each 16 GiB
     "wav2vec2 base": ("wav2vec2.py:size=base", 15.625, 36),
     "wav2vec2 large": ("wav2vec2.py:size=large", 20.0, 18),
     "hubert xlarge": ("hubert.py:size=xlarge", 15.625, 6),
