@@ -90,6 +90,11 @@ def cluster() -> Iterator[dict[str, str]]:
         subprocess.run(["scancel", "--full", "--signal=KILL", "--state=RUNNING"], env=environment, check=False)
 
 
+def controller_log(environment: dict[str, str]) -> str:
+    """What a running cluster's controller has decided, and why."""
+    return (Path(environment["SLURM_CONF"]).parent / "slurmctld.log").read_text()
+
+
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as sockets:
         found = [sockets.enter_context(socket.socket()) for _ in range(count)]
