@@ -17,6 +17,11 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
+def random_lengths(n: int, seed: int = 0) -> np.ndarray:
+    """Samples of each recording."""
+    return np.random.default_rng(seed).integers(20, 400, n)
+
+
 class MemoryShards:
     """Recordings of noise; each `row` of them can be broken."""
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from speechjax.data import prepare as module
-from speechjax.data import shard_writer, sources
+from speechjax.data import shard_writer
 from speechjax.data.prepare import chunks, expected_bytes, prepare
 from speechjax.data.records import open_records
 from speechjax.data.shards import Shards
@@ -49,20 +49,6 @@ def whole(speech, tmp_path_factory) -> dict[str, bytes]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-@pytest.fixture
-def decodes(monkeypatch) -> list[str]:
-    """Names of the files decoded so far."""
-    names: list[str] = []
-    real = sources.decode
-
-    def counted(path, *part):
-        names.append(os.path.basename(path))
-        return real(path, *part)
-
-    monkeypatch.setattr(sources, "decode", counted)
-    return names
 
 
 def items_of(sizes: list[int], **more) -> Source:

@@ -1,82 +1,18 @@
-"""What survives from a source to random access: samples, names, reasons, and the cache that holds them."""
+"""What survives from a source to random access: samples, names and reasons."""
 
-import errno
-import functools
 import itertools
 import json
 import logging
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from recordings import RATE, entries, noise, write
 
-from speechjax.data import shards, sources
-from speechjax.data.records import Records, open_records
 from speechjax.data.shards import UnreadableError
 from speechjax.errors import UserError
-
-RATE = 16_000
-
-
-def noise(seconds: float, seed: int = 0, level: int = 9_000) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-level, level, round(seconds * RATE)).astype(np.int16)
-
-
-def write(path: Path, audio: np.ndarray, rate: int = RATE, **options) -> Path:
-    soundfile.write(path, audio, rate, **options)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Six usable recordings, four bad ones and a text."""
-    folder = tmp_path / "speech"
-    folder.mkdir()
-    for k in range(5):
-        write(folder / f"good{k}.wav", noise(0.5 + k / 10, seed=k))
-    write(folder / "long.flac", noise(10.0, seed=9, level=2_000) + np.int16(500))
-    (folder / "bad_text.wav").write_text("no audio " * 99)
-    write(folder / "bad_nan.wav", np.full(RATE, np.nan), subtype="FLOAT")
-    cut = write(folder / "bad_cut.wav", noise(1.0))
-    cut.write_bytes(cut.read_bytes()[:9_000])
-    write(folder / "short.wav", noise(0.05))
-    (folder / "readme.txt").touch()
-    return folder
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """open_records with a cache of its own and tolerant limits."""
-
-    def opener(source: str | Path, **options) -> Records:
-        name = f"folder:{source}" if isinstance(source, Path) else source
-        return open_records(
-            name, **{"cache_dir": str(tmp_path / "cache"), "min_seconds": 0.1, "max_bad_share": 0.5} | options
-        )
-
-    return opener
-
-
-@pytest.fixture
-def decodes(monkeypatch) -> list[str]:
-    """Names of the files decoded so far."""
-    names: list[str] = []
-    real = sources.decode
-
-    def counted(path, *part):
-        names.append(os.path.basename(path))
-        return real(path, *part)
-
-    monkeypatch.setattr(sources, "decode", counted)
-    return names
-
-
-def entries(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache" / "records").iterdir())
-
 
 # ---- contents
 
@@ -208,77 +144,6 @@ def test_everything_bad(tmp_path, opened, decodes):
     assert decodes == ["a.wav"]
 
 
-# ---- cache
-
-
-def test_second_opening_decodes_nothing(folder, opened, decodes, tmp_path):
-    first = opened(folder)
-    assert len(decodes) == 10
-    second = opened(folder)
-    assert len(decodes) == 10
-    assert second.ids == first.ids
-    assert [second.meta(i) for i in range(6)] == [first.meta(i) for i in range(6)]
-    assert second.rejected == first.rejected
-    for k in range(len(first)):
-        np.testing.assert_array_equal(second.read(k), first.read(k))
-    assert len(entries(tmp_path)) == 1
-
-
-def test_a_changed_file_is_decoded(folder, opened, decodes, tmp_path):
-    opened(folder)
-    write(folder / "good0.wav", noise(0.7, seed=77))
-    records = opened(folder)
-    np.testing.assert_array_equal(records.read(0), noise(0.7, seed=77))
-    assert decodes.count("good0.wav") == 2
-    assert len(entries(tmp_path)) == 2
-
-
-def test_cache_place(folder, tmp_path, monkeypatch):
-    opener = functools.partial(open_records, f"folder:{folder}", min_seconds=0.1, max_bad_share=0.5)
-    monkeypatch.setenv("SPEECHJAX_CACHE", str(tmp_path / "by_env"))
-    opener()
-    assert (tmp_path / "by_env" / "records").is_dir()
-    opener(cache_dir=str(tmp_path / "by_argument"))
-    assert (tmp_path / "by_argument" / "records").is_dir()
-    monkeypatch.delenv("SPEECHJAX_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    opener()
-    assert (tmp_path / "home" / ".cache" / "speechjax" / "records").is_dir()
-
-
-DAMAGES = {
-    "shard-00000.pcm": lambda path: os.truncate(path, path.stat().st_size - 2),
-    "shard-00000.jsonl": lambda path: path.unlink(),
-    "index.npy": lambda path: os.truncate(path, 100),
-    "dataset.json": lambda path: path.write_text("{"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_entry_is_prepared_again(folder, opened, tmp_path, name, caplog):
-    opened(folder)
-    (entry,) = entries(tmp_path)
-    DAMAGES[name](entry / name)
-    with caplog.at_level(logging.WARNING, "speechjax"):
-        records = opened(folder)
-    assert "it will be prepared again" in caplog.messages[0]
-    np.testing.assert_array_equal(records.read(0), noise(0.5))
-    assert entries(tmp_path) == [entry]
-
-
-def test_interrupted_first_use_goes_on(folder, opened, tmp_path, monkeypatch):
-    def interrupted(path, *part):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            opened(folder)
-    (entry,) = entries(tmp_path)
-    assert not (entry / "dataset.json").exists()
-    assert len(opened(folder)) == 6
-
-
 # ---- mixtures
 
 
@@ -353,66 +218,6 @@ def test_however_the_folder_is_spelt_it_is_the_same_set(folder, opened, decodes,
     os.truncate(entry / "shard-00000.pcm", 10)
     assert len(opened(f"folder:{folder}/../{folder.name}/")) == 6
     assert entries(tmp_path) == [entry]
-
-
-# ---- storage that fails
-
-
-def test_too_many_open_files_are_not_a_bad_recording(folder, opened, monkeypatch):
-    records = opened(folder)
-    shards.open_file.cache_clear()
-
-    def failing(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(UserError, match="ulimit -n"):
-        records.read(0)
-
-
-def test_disk_full_for_real(folder, opened, tmp_path):
-    """A limit on file sizes, the nearest to a small disk that needs no mount."""
-    write(folder / "much.wav", noise(20.0))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"the disk is full.* needs about .* GB in .*cache/records.*larger disk"):
-            opened(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(opened(folder)) == 7
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EROFS, "cannot write .*records")],
-)
-def test_errors_of_the_cache_disk(folder, opened, tmp_path, monkeypatch, code, message):
-    def failing(fd):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(UserError, match=message):
-        opened(folder)
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
-
-
-def test_cache_dir_that_is_a_file(folder, opened, tmp_path):
-    (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match=r"cannot write .*/cache/records.*: Not a directory"):
-        opened(folder)
-
-
-def test_failing_disk_of_the_source_is_not_a_verdict(folder, opened, tmp_path, monkeypatch):
-    """A server that stumbles must not leave half a corpus out for ever."""
-
-    def failing(path, *part):
-        raise OSError(errno.EIO, "Input/output error", path)
-
-    monkeypatch.setattr(sources, "decode", failing)
-    with pytest.raises(UserError, match=r"cannot read bad_cut.wav: .*Input/output error.*disk all right"):
-        opened(folder)
-    assert not list((tmp_path / "cache").rglob("dataset.json"))
 
 
 # ---- real speech
