@@ -6,14 +6,11 @@ cache: what a disk can deliver is not measured.
 
 import contextlib
 import json
-import os
-import platform
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from speechjax import machine
 from speechjax.data.bench_readers import (
     Corpus,
     Read,
@@ -49,7 +47,7 @@ def measure(
 
     Raises `UserError` where the source cannot be opened or `keep` holds something else.
     """
-    load = os.getloadavg()
+    load = machine.load()
     with _folder(keep) as folder:
         make_corpus(source, hours, folder)
         corpus = Corpus(folder, batch_seconds, passes)
@@ -72,14 +70,8 @@ def measure(
         "repeats": repeats,
         "passes": passes,
         "skipped": skipped,
-        "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_before": load,
-            "load_after": os.getloadavg(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "machine": machine.describe() | {"load_before": load, "load_after": machine.load()},
+        "versions": machine.versions(_LIBRARIES),
     }
 
 
@@ -158,24 +150,9 @@ def _row(reader: Reader, read: Read, cpu: list[float], wall: list[float]) -> dic
     }
 
 
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def show(result: dict[str, Any]) -> None:
     """The measurement as a table on standard output."""
-    machine = result["machine"]
+    there = result["machine"]
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"input from {result['source']}, files in the page cache")
     for name in ("reader", "kind"):
@@ -190,8 +167,8 @@ def show(result: dict[str, Any]) -> None:
             "" if row["kind"] == "prepare" else f"{row['ratio']:.2f}", f"{100 * row['useful_frames']:.1f} %",
         )  # fmt: skip
     console.print(table)
-    before, after = machine["load_before"][0], machine["load_after"][0]
-    print(f"{machine['processor']}, {machine['cores']} cores, load {before:.1f} before and {after:.1f} after; "
+    before, after = there["load_before"][0], there["load_after"][0]
+    print(f"{there['processor']}, {there['threads']} threads, load {before:.1f} before and {after:.1f} after; "
           f"medians of {result['repeats']}")  # fmt: skip
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     for name, shapes in result["shapes"].items():

@@ -9,7 +9,6 @@ of it. Two controls, `mfcc_statistics` and `log_mel_statistics`, need no model: 
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypedDict
@@ -17,6 +16,7 @@ from typing import NamedTuple, TypedDict
 import jax
 import numpy as np
 
+from speechjax import machine
 from speechjax.audio.features import log_mel, mfcc
 from speechjax.errors import UserError
 from speechjax.evals import _logistic
@@ -98,7 +98,7 @@ def leave_one_group_out(
         _check_labels(group, set(labels[inside].tolist()), set(labels[kept & ~inside].tolist()))
     task = _Task(*np.unique(labels, return_inverse=True), groups, kept, tested)
     # One BLAS thread a layer: threads of a pool wait for each other in busy loops.
-    with threadpool_limits(1), ThreadPoolExecutor(_cpu_count()) as workers:
+    with threadpool_limits(1), ThreadPoolExecutor(machine.threads()) as workers:
         probed = list(workers.map(lambda layer: _Layer(layer, task), layers))
     last = len(probed) - 1
     chosen = {g: max(range(len(probed)), key=lambda k: probed[k].likelihood[g]) if task.pairs else last for g in tested}
@@ -253,10 +253,6 @@ class _Layer:
         self, which: np.ndarray, strengths: np.ndarray, tolerance: float, start: _logistic.Fits | None
     ) -> _logistic.Fits:
         return self.problem.fit(which, strengths, tolerance / np.sqrt(strengths), start, _MAX_ITERATIONS)
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.partial(jax.jit, static_argnums=2)

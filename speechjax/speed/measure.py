@@ -12,14 +12,15 @@ import jax
 import numpy as np
 
 from speechjax import config as configs
-from speechjax import sharding
+from speechjax import machine, sharding
 from speechjax.errors import UserError
-from speechjax.speed import ceiling, machine, peer, work
+from speechjax.speed import ceiling, peer, work
 from speechjax.speed.apart import Apart
 from speechjax.speed.ours import PARTS, Encoding, Training, used_memory
 from speechjax.speed.turns import Contestant, Timing, speedup, spread, take_turns
 
 OURS = "speechjax"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 SHORTEST = 0.6  # of the longest row, in a batch for inference
 
 
@@ -88,8 +89,8 @@ def measure(options: Options) -> dict[str, Any]:
         "runners": runners, "same": same, "parts": _parts(training, options.repeats) if training else {},
         "input": _input(options, training) if training else {}, "compile_seconds": side.compile_seconds,
         "memory": memory, "flops": flops, "flops_error": why, "ceiling": top,
-        "machine": machine.describe() | {"load_before": before, "load_after": machine.load()},
-        "versions": machine.versions(),
+        "machine": machine.describe() | _devices() | {"load_before": before, "load_after": machine.load()},
+        "versions": machine.versions(LIBRARIES),
     }  # fmt: skip
 
 
@@ -97,6 +98,11 @@ def _check_peer() -> None:
     peer.check()
     if (devices := jax.device_count()) > 1:
         raise UserError(f"--peer=hf runs on one device, here are {devices}: hide the others (CUDA_VISIBLE_DEVICES=0)")
+
+
+def _devices() -> dict[str, Any]:
+    first = jax.devices()[0]
+    return {"device": first.device_kind if first.platform != "cpu" else "cpu", "devices": jax.device_count()}
 
 
 def _batch(options: Options, config: Any) -> work.Batch:

@@ -27,9 +27,9 @@ from speechjax.errors import UserError
 from speechjax.formats.families import Family, family_of
 from speechjax.formats.heads import Head, head_of
 from speechjax.formats.names import Arrays, to_theirs
+from speechjax.machine import threads
 from speechjax.models.frontend import conv_out_len
 from speechjax.paths import unstacked
-from speechjax.speed.machine import threads
 from speechjax.speed.turns import Run
 from speechjax.speed.work import Batch
 

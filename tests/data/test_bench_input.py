@@ -111,10 +111,10 @@ def test_preparing_covers_every_source_and_reads_all_of_it(measured, recordings)
 
 def test_it_says_where_and_with_what_it_was_measured_and_what_is_missing(measured):
     result, printed, _ = measured
-    assert result["machine"]["cores"] >= 1
+    assert result["machine"]["threads"] >= 1
     assert len(result["machine"]["load_before"]) == 3
     assert {"numpy", "soundfile"} <= set(result["versions"])
-    assert f"{result['machine']['cores']} cores, load" in printed
+    assert f"{result['machine']['threads']} threads, load" in printed
     assert result["skipped"] == [
         "torch: torch is not installed (pip install torch lhotse)",
         "lhotse: lhotse and torch are not installed (pip install torch lhotse)",

@@ -134,10 +134,11 @@ def measure(what: str, sizes: Sizes, repeats: int) -> Curve:
 
 def measure_all(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """{"shape": points, "depth": points, "devices": points, and what they were measured on}."""
-    from speechjax.speed import machine
+    from speechjax import machine
+    from speechjax.speed.measure import LIBRARIES
 
     found: dict[str, Any] = dict(
-        quick=args.quick, load=machine.load(), threads=machine.threads(), versions=machine.versions()
+        quick=args.quick, load=machine.load(), threads=machine.threads(), versions=machine.versions(LIBRARIES)
     )
     for what, devices in sizes.processes:
         print(f"{what}, devices: {devices}", file=sys.stderr, flush=True)

@@ -5,24 +5,14 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-import jax
-
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
-
 
 def describe() -> dict[str, Any]:
-    """The processor, how many of its threads this process may use, and the devices of JAX."""
-    device = jax.devices()[0]
-    return {
-        "processor": _processor(),
-        "threads": threads(),
-        "device": device.device_kind if device.platform != "cpu" else "cpu",
-        "devices": jax.device_count(),
-        "python": platform.python_version(),
-    }
+    """The processor, how many of its threads this process may use, and the version of Python."""
+    return {"processor": _processor(), "threads": threads(), "python": platform.python_version()}
 
 
 def threads() -> int:
@@ -40,10 +30,10 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that compute, where they are installed."""
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those of the libraries that are installed."""
     found = {}
-    for name in _LIBRARIES:
+    for name in libraries:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
