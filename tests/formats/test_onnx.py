@@ -70,6 +70,21 @@ def test_lengths_may_be_left_out(tmp_path):
     assert difference(found, expected(run, audio, whole - 2000)) > 1e-2, "negative control: lengths matter"
 
 
+def test_weights_of_large_models_lie_beside_the_graph(tmp_path, monkeypatch):
+    """Messages end at 2 GB; the real size is that of tests/real/large.py."""
+    run, (audio, lengths) = make_run(tmp_path / "run"), batches()[3]
+    whole = onnx.write(run, tmp_path / "whole")
+    assert not (tmp_path / "whole/model.onnx.data").exists()
+    monkeypatch.setattr(onnx, "_LARGEST", whole.stat().st_size // 2)
+    file = onnx.write(run, tmp_path / "out")
+    assert file.stat().st_size < whole.stat().st_size / 2
+    assert difference(onnx.load(tmp_path / "out")(audio, lengths), expected(run, audio, lengths)) < 1e-5
+    with open(tmp_path / "out/model.onnx.data", "r+b") as weights:
+        weights.write(b"\x7f")
+    with pytest.raises(UserError, match=r"model\.onnx\.data is damaged"):
+        onnx.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize(("dtype", "share"), [("float16", 0.8), ("int8", 0.75)])
 @pytest.mark.parametrize("encoder", some(["post", "stacked", "wavlm", "lstm"], ["post"]))
 def test_smaller_types(encoder, dtype, share, tmp_path):
