@@ -12,7 +12,6 @@ was before training, ABX and phone information on speech with phone labels, audi
 import argparse
 import json
 import logging
-import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speechjax.errors import UserError
-from speechjax.verb import call, leave
+from speechjax.verb import call, leave_to_go_on
 
 log = logging.getLogger("speechjax")
 
@@ -228,10 +227,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compares and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    again = "the same command goes on where this one stopped"
-    leave(lambda: run(argv), interrupted=again, full_disk=f"free some; {again}")
+    """Compares and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ import argparse
 import json
 import logging
 import re
-import signal
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from speechjax.errors import UserError
-from speechjax.verb import call, leave, split_overrides
+from speechjax.verb import call, leave_to_go_on, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -340,10 +339,8 @@ def write(args: argparse.Namespace, names: Sequence[str], matrix: Sequence[Seque
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    again = "the same command goes on where this one stopped"
-    leave(lambda: run(argv), interrupted=again, full_disk=f"free some; {again}")
+    """Trains and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

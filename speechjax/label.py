@@ -15,13 +15,12 @@ import dataclasses
 import logging
 import shlex
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechjax.errors import UserError
-from speechjax.verb import keep_compiled, leave
+from speechjax.verb import keep_compiled, leave_to_go_on
 
 if TYPE_CHECKING:
     import jax
@@ -206,13 +205,8 @@ def some(keys: "np.ndarray", lengths: "np.ndarray", fraction: float) -> "np.ndar
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Labels and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    leave(
-        lambda: run(argv),
-        interrupted="the same command goes on where this one stopped",
-        full_disk="free some and give the same command again, it goes on where it stopped",
-    )
+    """Labels and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

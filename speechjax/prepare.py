@@ -13,13 +13,12 @@ import logging
 import os
 import re
 import shlex
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechjax.errors import UserError
-from speechjax.verb import leave
+from speechjax.verb import leave_to_go_on
 
 if TYPE_CHECKING:
     from speechjax.data.mixture import Part
@@ -168,13 +167,8 @@ def _show(statistics: "dict[str, Statistics]") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepares and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    leave(
-        lambda: run(argv),
-        interrupted="the same command goes on where this one stopped",
-        full_disk="free some and give the same command again, it goes on where it stopped",
-    )
+    """Prepares and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

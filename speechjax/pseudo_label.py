@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from speechjax.errors import UserError
-from speechjax.verb import keep_compiled, leave, split_overrides
+from speechjax.verb import keep_compiled, leave_to_go_on, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -349,10 +348,8 @@ def _line(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Transcribes and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    again = "the same command goes on where this one stopped"
-    leave(lambda: run(argv), interrupted=again, full_disk=f"free some; {again}")
+    """Transcribes and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

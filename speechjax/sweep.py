@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from typing import Any
 
 from speechjax.errors import UserError
 from speechjax.trials import FOLD, SEED, Trial, make_trials, parse_axis, short_names, write_folds
-from speechjax.verb import leave, split_overrides
+from speechjax.verb import leave_to_go_on, split_overrides
 
 log = logging.getLogger("speechjax")
 
@@ -305,10 +304,8 @@ def _last_line(file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sweeps and leaves with an exit code; SIGTERM stops it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    again = "the same command goes on where this one stopped"
-    leave(lambda: run(argv), interrupted=again, full_disk=f"free some; {again}")
+    """Sweeps and leaves with an exit code."""
+    leave_to_go_on(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -131,6 +132,13 @@ def leave(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def leave_to_go_on(run: Callable[[], int]) -> None:
+    """`leave` of verbs that go on where they were stopped; SIGTERM stops them as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    again = "the same command goes on where this one stopped"
+    leave(run, interrupted=again, full_disk=f"free some; {again}")
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
