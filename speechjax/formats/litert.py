@@ -21,7 +21,8 @@ from speechjax.formats.jaxprs import dft
 from speechjax.formats.serving import SAMPLE_RATE, Loaded, checked, open_served, read_about, write_about
 
 KIND = "litert"
-DTYPES = ("float32", "float16", "int8")
+DTYPES = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a weight
+_LARGEST = 2_000_000_000  # bytes of one file; flatbuffers end at 2 GiB
 _MODEL = "model.tflite"
 
 
@@ -29,7 +30,8 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", seconds: Sequence[f
     """Writes what `run` answers to audio of up to `seconds` into `folder`, which is made; the path of the file.
 
     `dtype` is that of the weights; with "int8" large products are computed in int8 too, their inputs quantized as they
-    come.  Raises UserError for other types, lengths of no frame, and where TensorFlow is missing.
+    come.  Raises UserError for other types, lengths of no frame, more weights than a file can hold, and where
+    TensorFlow is missing.
     """
     tf = saved_model.tensorflow()
     if dtype not in DTYPES:
@@ -39,6 +41,12 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", seconds: Sequence[f
     lengths = sorted({round(s * SAMPLE_RATE) for s in seconds})
     if not lengths or lengths[0] < hop + extra:
         raise UserError(f"seconds {tuple(seconds)}: a frame takes {(hop + extra) / SAMPLE_RATE:g} s")
+    size = DTYPES[dtype] * sum(leaf.size for leaf in served.weights.values())
+    if size > _LARGEST:
+        raise UserError(
+            f"LiteRT's files end at 2 GB, and these weights are {size / 1e9:.1f} GB of {dtype}: export them as "
+            "int8, or to another format"
+        )
     shapes = {f"samples_{S}": (1, S) for S in lengths}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:

@@ -62,7 +62,9 @@ def _weights(folder: Path) -> Loaded:
     from speechjax.formats import flat
 
     found = flat.read(folder)
-    return _answers(found.task, {"params": found.params, **found.extra}, encoder_only=False)
+    # Once, not at every call.
+    variables = jax.device_put({"params": found.params, **found.extra}, jax.devices()[0])
+    return _answers(found.task, variables, encoder_only=False)
 
 
 def compare(run: Any, theirs: Loaded, *, encoder_only: bool = False) -> Result:

@@ -69,3 +69,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         litert.load(tmp_path / "out")
+
+
+def test_weights_that_no_file_can_hold_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "_LARGEST", 1000)
+    with pytest.raises(UserError, match=r"files end at 2 GB, and these weights are \d+\.\d GB of float16: export"):
+        litert.write(make_run(tmp_path / "run"), tmp_path / "out", dtype="float16", seconds=(0.3,))
+    assert not (tmp_path / "out").exists()
