@@ -44,8 +44,8 @@ def write(run: Any, folder: Path, *, dtype: str = "float32", seconds: Sequence[f
     size = DTYPES[dtype] * sum(leaf.size for leaf in served.weights.values())
     if size > _LARGEST:
         raise UserError(
-            f"LiteRT's files end at 2 GB, and these weights are {size / 1e9:.1f} GB of {dtype}: export them as "
-            "int8, or to another format"
+            f"LiteRT's files end at 2 GB, and these weights are {size / 1e9:.1f} GB of {dtype}: export them in "
+            "a smaller type, or to another format"
         )
     shapes = {f"samples_{S}": (1, S) for S in lengths}
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,13 +66,17 @@ def _config(name: str, encoder: str) -> ConfigDict:
 @functools.cache
 def _variables(name: str, encoder: str) -> tuple[Any, Any]:
     task = configs.make_task(_config(name, encoder))
+    return task, drawn(task)
+
+
+def drawn(task: Any) -> dict[str, Any]:
+    """Variables of a task that nobody has trained, without compiling an initialisation."""
     batch = make_batch(task)
     keys = dict.fromkeys(("params", *task.rngs), jax.random.key(0))
     shapes = dict(jax.eval_shape(lambda: task.init(keys, batch, step=jnp.int32(0), train=False)))
     shapes.pop("sums", None)
     params = draw_params(shapes.pop("params"))
-    more = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    return task, {"params": params, **more}
+    return {"params": params, **jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)}
 
 
 def make_run(workdir: Path, name: str = "ctc", encoder: str = "post") -> Run:

@@ -22,27 +22,20 @@ FORMATS = ("safetensors", "hf", "stablehlo", "onnx", "saved_model", "litert")
 def make(config: str, workdir: Path) -> None:
     """The folder of a run that nobody has trained."""
     import jax
-    import jax.numpy as jnp
 
     from speechjax import config as configs
     from speechjax.runs import write_run
-    from tests.drawing import draw_params
-    from tests.tasks.experiments import make_batch
+    from tests.formats.served_runs import drawn
 
     config = configs.load(config)
-    task = configs.make_task(config)
-    batch = make_batch(task)
-    keys = dict.fromkeys(("params", *task.rngs), jax.random.key(0))
-    shapes = dict(jax.eval_shape(lambda: task.init(keys, batch, step=jnp.int32(0), train=False)))
-    shapes.pop("sums", None)
-    params = draw_params(shapes.pop("params"))
-    extra = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    extra = drawn(configs.make_task(config))
+    params = extra.pop("params")
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     write_run(workdir, config, params, extra, source=dict(made="at random"))
 
 
 def tried(kind: str, dtype: str, workdir: Path, out: Path) -> dict:
-    """One export: {size, seconds, memory, code, said}."""
+    """One export: bytes of its folder and of memory at most, seconds, and what it said last."""
     command = [sys.executable, "-m", "speechjax.export", f"--workdir={workdir}", f"--format={kind}",
                f"--dtype={dtype}", f"--out={out}"]  # fmt: skip
     began = time.monotonic()
